@@ -1,0 +1,304 @@
+/* py_compressor.c - encode and decode blocks, many at a time.
+ *
+ * A job's arrays are borrowed for the whole call. An encoder's buffer has the size of the worst case
+ * only while its job runs: it shrinks to the payload at once, so that the peak is the compressed
+ * size and one block per thread. */
+#include "py_krul.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* One block on its way in or out. */
+typedef struct compressor_job {
+    const krul_backend *backend;
+    krul_codec codec;
+    krul_kv kv;
+    int n_views;
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    py_krul_borrowed borrowed[KRUL_COMPRESSOR_MAX_VIEWS];
+    Py_buffer given; /* decoding: the payload, held while given.obj is not NULL */
+    uint8_t *payload; /* encoding: owned */
+    size_t payload_bytes;
+    krul_codec codec_used;
+    double error[2];
+    krul_status status;
+    krul_error err;
+} compressor_job;
+
+/* What both functions hold between parsing and cleaning up. */
+typedef struct compressor_call {
+    py_krul_state *state;
+    const krul_backend *backend;
+    int n_threads;
+    PyObject *items; /* a tuple of ours: foreign code cannot empty it */
+    compressor_job *jobs;
+    Py_ssize_t n_jobs;
+} compressor_call;
+
+static void
+encode_job(void *argument)
+{
+    compressor_job *job = argument;
+    size_t capacity_bytes = 0;
+    job->status = krul_compressor_bound(job->views, job->n_views, &capacity_bytes, &job->err);
+    if (job->status != KRUL_STATUS_OK) {
+        return;
+    }
+    job->payload = malloc(capacity_bytes + 1);
+    if (job->payload == NULL) {
+        job->status = krul_fail(&job->err, KRUL_STATUS_NO_MEMORY,
+                                "no memory for a payload of at most %zu bytes", capacity_bytes);
+        return;
+    }
+    job->status = krul_compressor_encode(
+        job->backend, job->codec, job->kv, job->views, job->n_views, job->payload, capacity_bytes,
+        &job->payload_bytes, &job->codec_used, job->error, &job->err);
+    if (job->status == KRUL_STATUS_OK) {
+        uint8_t *shrunk = realloc(job->payload, job->payload_bytes + 1);
+        job->payload = shrunk != NULL ? shrunk : job->payload;
+    }
+}
+
+static void
+decode_job(void *argument)
+{
+    compressor_job *job = argument;
+    job->status = krul_compressor_decode(job->backend, job->codec, job->kv, job->given.buf,
+                                         (size_t)job->given.len, job->views, job->n_views,
+                                         &job->err);
+}
+
+/* Borrow a job's arrays. None, which decoding allows, takes its shape from the other array. */
+static int
+borrow_arrays(compressor_call *call, Py_ssize_t index, PyObject *arrays, bool is_output)
+{
+    compressor_job *job = &call->jobs[index];
+    int result = -1;
+    int given = -1;
+    PyObject *tuple = PySequence_Tuple(arrays);
+    if (tuple == NULL) {
+        goto done;
+    }
+    Py_ssize_t n_arrays = PyTuple_GET_SIZE(tuple);
+    if (n_arrays < 1 || n_arrays > KRUL_COMPRESSOR_MAX_VIEWS) {
+        PyErr_Format(PyExc_ValueError, "jobs[%zd] has %zd arrays but must have 1 to %d", index,
+                     n_arrays, KRUL_COMPRESSOR_MAX_VIEWS);
+        goto done;
+    }
+    job->n_views = (int)n_arrays;
+    for (int i = 0; i < job->n_views; i++) {
+        PyObject *array = PyTuple_GET_ITEM(tuple, i);
+        char name[64];
+        if (is_output && array == Py_None) {
+            continue;
+        }
+        PyOS_snprintf(name, sizeof name, "jobs[%lld] array %d", (long long)index, i);
+        if (py_krul_borrow(call->state, array, name, is_output, &job->borrowed[i]) != 0) {
+            goto done;
+        }
+        job->views[i] = job->borrowed[i].view;
+        given = i;
+    }
+    if (given < 0) {
+        PyErr_Format(PyExc_ValueError,
+                     "jobs[%zd] has no array but None: at least one must be given", index);
+        goto done;
+    }
+    for (int i = 0; i < job->n_views; i++) {
+        if (is_output && PyTuple_GET_ITEM(tuple, i) == Py_None) {
+            job->views[i] = job->views[given];
+            job->views[i].data = NULL;
+        }
+    }
+    result = 0;
+done:
+    Py_XDECREF(tuple);
+    return result;
+}
+
+static int
+parse_job(compressor_call *call, Py_ssize_t index, bool is_decoding)
+{
+    compressor_job *job = &call->jobs[index];
+    int codec, kv;
+    int result = -1;
+    PyObject *arrays;
+    PyObject *payload = NULL;
+    PyObject *tuple = PySequence_Tuple(PyTuple_GET_ITEM(call->items, index));
+    if (tuple == NULL) {
+        goto done;
+    }
+    if (is_decoding
+            ? !PyArg_ParseTuple(tuple, "iiOO;a job is (codec, kv, payload, arrays)", &codec, &kv,
+                                &payload, &arrays)
+            : !PyArg_ParseTuple(tuple, "iiO;a job is (codec, kv, arrays)", &codec, &kv, &arrays)) {
+        goto done;
+    }
+    job->backend = call->backend;
+    job->codec = (krul_codec)codec;
+    job->kv = (krul_kv)kv;
+    if (payload != NULL && PyObject_GetBuffer(payload, &job->given, PyBUF_SIMPLE) != 0) {
+        goto done;
+    }
+    result = borrow_arrays(call, index, arrays, is_decoding);
+done:
+    Py_XDECREF(tuple);
+    return result;
+}
+
+static void
+close_call(compressor_call *call)
+{
+    for (Py_ssize_t i = 0; i < call->n_jobs; i++) {
+        compressor_job *job = &call->jobs[i];
+        for (int j = 0; j < KRUL_COMPRESSOR_MAX_VIEWS; j++) {
+            py_krul_release(&job->borrowed[j]);
+        }
+        if (job->given.obj != NULL) {
+            PyBuffer_Release(&job->given);
+        }
+        free(job->payload);
+    }
+    free(call->jobs);
+    Py_CLEAR(call->items);
+    call->jobs = NULL;
+    call->n_jobs = 0;
+}
+
+/* Parse arguments and every job, run the jobs, raise the first failure. 0 when all is well; the
+ * caller closes the call in any case. */
+static int
+run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwargs,
+         bool is_decoding)
+{
+    static char *keywords[] = {"jobs", "n_threads", "backend", NULL};
+    PyObject *jobs;
+    PyObject *backend = Py_None;
+    call->state = py_krul_state_of(module);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs,
+                                     is_decoding ? "O|iO:decode_blocks" : "O|iO:encode_blocks",
+                                     keywords, &jobs, &call->n_threads, &backend)) {
+        return -1;
+    }
+    if (call->n_threads < 0 || call->n_threads > KRUL_POOL_MAX_THREADS) {
+        PyErr_Format(PyExc_ValueError, "n_threads is %d but must be 0 (all) to %d", call->n_threads,
+                     KRUL_POOL_MAX_THREADS);
+        return -1;
+    }
+    call->backend = py_krul_backend(call->state, backend);
+    if (call->backend == NULL) {
+        return -1;
+    }
+    call->items = PySequence_Tuple(jobs);
+    if (call->items == NULL) {
+        return -1;
+    }
+    Py_ssize_t n_items = PyTuple_GET_SIZE(call->items);
+    call->jobs = calloc((size_t)n_items + 1, sizeof *call->jobs);
+    if (call->jobs == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    call->n_jobs = n_items;
+    for (Py_ssize_t i = 0; i < n_items; i++) {
+        if (parse_job(call, i, is_decoding) != 0) {
+            return -1;
+        }
+    }
+    Py_BEGIN_ALLOW_THREADS
+    krul_pool_for_each(call->n_threads, is_decoding ? decode_job : encode_job, call->jobs,
+                       sizeof *call->jobs, n_items);
+    Py_END_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < n_items; i++) {
+        if (call->jobs[i].status != KRUL_STATUS_OK) {
+            const krul_error *err = &call->jobs[i].err;
+            krul_error named = {.status = err->status};
+            (void)krul_fail(&named, err->status, "jobs[%lld]: %s", (long long)i, err->message);
+            named.code = err->code;
+            py_krul_raise(call->state, &named);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(encode_blocks_doc,
+             "encode_blocks($module, /, jobs, n_threads=0, backend=None)\n--\n\n"
+             "Encode blocks in parallel; jobs are (codec, kv, arrays), arrays one or two of\n"
+             "n_batch x n_heads x n_tokens x head_dim. One (payload, codec_used, error_sum,\n"
+             "power_sum) for each: sum |x - decoded|^2 and sum |x|^2.");
+
+static PyObject *
+encode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    compressor_call call = {.n_jobs = 0};
+    PyObject *list = NULL;
+    if (run_call(&call, module, args, kwargs, false) != 0) {
+        goto done;
+    }
+    list = PyList_New(call.n_jobs);
+    for (Py_ssize_t i = 0; list != NULL && i < call.n_jobs; i++) {
+        compressor_job *job = &call.jobs[i];
+        PyObject *item = Py_BuildValue("(y#idd)", (const char *)job->payload,
+                                       (Py_ssize_t)job->payload_bytes, (int)job->codec_used,
+                                       job->error[0], job->error[1]);
+        free(job->payload);
+        job->payload = NULL;
+        if (item == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, item);
+    }
+done:
+    close_call(&call);
+    return list;
+}
+
+PyDoc_STRVAR(decode_blocks_doc,
+             "decode_blocks($module, /, jobs, n_threads=0, backend=None)\n--\n\n"
+             "Decode blocks in parallel; jobs are (codec, kv, payload, arrays). The arrays are\n"
+             "written in place; None stands for one that is not wanted. No two jobs may write to\n"
+             "one element.");
+
+static PyObject *
+decode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    compressor_call call = {.n_jobs = 0};
+    int result = run_call(&call, module, args, kwargs, true);
+    close_call(&call);
+    if (result != 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(codecs_doc, "codecs($module, /)\n--\n\n"
+                         "The number of every codec, by name.");
+
+static PyObject *
+codecs(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    PyObject *numbers = PyDict_New();
+    for (int codec = KRUL_CODEC_EXACT; numbers != NULL; codec++) {
+        const char *name = krul_codec_name((krul_codec)codec);
+        if (name == NULL) {
+            break;
+        }
+        PyObject *number = PyLong_FromLong(codec);
+        if (number == NULL || PyDict_SetItemString(numbers, name, number) != 0) {
+            Py_CLEAR(numbers);
+        }
+        Py_XDECREF(number);
+    }
+    return numbers;
+}
+
+PyMethodDef py_compressor_methods[] = {
+    {"encode_blocks", (PyCFunction)(void (*)(void))encode_blocks, METH_VARARGS | METH_KEYWORDS,
+     encode_blocks_doc},
+    {"decode_blocks", (PyCFunction)(void (*)(void))decode_blocks, METH_VARARGS | METH_KEYWORDS,
+     decode_blocks_doc},
+    {"codecs", codecs, METH_NOARGS, codecs_doc},
+    {NULL, NULL, 0, NULL},
+};

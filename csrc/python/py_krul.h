@@ -1,0 +1,74 @@
+/* py_krul.h - what the binding files share: Python and NumPy set-up, module state, borrowed arrays.
+ *
+ * Every binding has three parts, in this order: with the GIL, borrow inputs and make outputs;
+ * without it, call the library on C memory only; with it, raise or return. */
+#ifndef PY_KRUL_H
+#define PY_KRUL_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_1_24_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_24_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL krul_ARRAY_API
+#ifndef PY_KRUL_IMPORTS_NUMPY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "../krul.h"
+
+/* One per module; immutable once the module has been executed. */
+typedef struct py_krul_state {
+    const krul_backend *backend; /* chosen in module exec */
+    PyObject *errors;            /* the module krul.errors */
+    PyTypeObject *restore_type;
+} py_krul_state;
+
+/* The state of the module that `module` is; for methods of types use py_krul_state_of_type. */
+py_krul_state *
+py_krul_state_of(PyObject *module);
+
+/* Set the exception that stands for err->status, with its message; returns NULL. */
+PyObject *
+py_krul_raise(py_krul_state *state, const krul_error *err);
+
+/* The backend of that name (a str or None for the module's own choice); NULL with an exception. */
+const krul_backend *
+py_krul_backend(py_krul_state *state, PyObject *name);
+
+/* An array borrowed from Python. */
+typedef struct py_krul_borrowed {
+    krul_view view;    /* the array's dimensions last, ones before them */
+    int n_dims;        /* of the array itself */
+    PyObject *capsule; /* owned, or NULL */
+    Py_buffer buffer;  /* in use when buffer.obj is not NULL */
+} py_krul_borrowed;
+
+/* Borrow an array of float32, float16 or bfloat16 with at most four dimensions, by DLPack or else by
+ * the buffer protocol. Foreign code may run. `name` is the argument's name in messages. Returns 0,
+ * or -1 with an exception; *out is zeroed first, so that releasing it is always right. */
+int
+py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is_output,
+               py_krul_borrowed *out);
+
+/* Give it back; with the GIL. A zeroed one is allowed, and it is zeroed again. */
+void
+py_krul_release(py_krul_borrowed *borrowed);
+
+/* A store entry from the tuple of 14 integers that store_read_head gives, in the order of
+ * krul_store_entry's fields. Returns 0, or -1 with a TypeError or ValueError. */
+int
+py_krul_entry_from_tuple(PyObject *tuple, krul_store_entry *out);
+
+/* Method tables, one per concept, ended by a zero entry. */
+extern PyMethodDef py_entropy_methods[];
+extern PyMethodDef py_estimator_methods[];
+extern PyMethodDef py_selector_methods[];
+extern PyMethodDef py_compressor_methods[];
+extern PyMethodDef py_store_methods[];
+
+/* Types that module exec makes. */
+extern PyType_Spec py_restore_spec;
+
+#endif /* PY_KRUL_H */

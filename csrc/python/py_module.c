@@ -1,0 +1,165 @@
+/* py_module.c - krul._core: slots, state, and the backends. */
+#define PY_KRUL_IMPORTS_NUMPY
+#include "py_krul.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+py_krul_state *
+py_krul_state_of(PyObject *module)
+{
+    return PyModule_GetState(module);
+}
+
+const krul_backend *
+py_krul_backend(py_krul_state *state, PyObject *name)
+{
+    if (name == NULL || name == Py_None) {
+        return state->backend;
+    }
+    const char *text = PyUnicode_AsUTF8(name);
+    const krul_backend *backend = NULL;
+    krul_error err;
+    if (text != NULL && krul_backend_find(text, &backend, &err) != KRUL_STATUS_OK) {
+        py_krul_raise(state, &err);
+        return NULL;
+    }
+    return backend;
+}
+
+PyDoc_STRVAR(backends_doc, "backends($module, /)\n--\n\n"
+                           "(name, can it run here, was it chosen) of each, best first.");
+
+static PyObject *
+backends(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < krul_backend_count(); i++) {
+        const krul_backend *backend = krul_backend_at(i);
+        PyObject *item =
+            Py_BuildValue("(sNN)", krul_backend_name(backend),
+                          PyBool_FromLong(krul_backend_is_usable(backend)),
+                          PyBool_FromLong(backend == py_krul_state_of(module)->backend));
+        if (item == NULL || PyList_Append(list, item) != 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
+PyDoc_STRVAR(n_processors_doc, "n_processors($module, /)\n--\n\n"
+                               "Processors that this process may run on.");
+
+static PyObject *
+n_processors(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromLong(krul_pool_n_processors());
+}
+
+PyDoc_STRVAR(advise_huge_pages_doc,
+             "advise_huge_pages($module, address, n_bytes, /)\n--\n\n"
+             "Ask for huge pages under memory that is about to be written for the first time.\n\n"
+             "Where the system has none, nothing happens; contents never change.");
+
+static PyObject *
+advise_huge_pages(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    Py_ssize_t n_bytes;
+    PyObject *address_in;
+    if (!PyArg_ParseTuple(args, "On:advise_huge_pages", &address_in, &n_bytes)) {
+        return NULL;
+    }
+    uintptr_t start = (uintptr_t)PyLong_AsVoidPtr(address_in);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = (start + page_bytes - 1) / page_bytes * page_bytes;
+    uintptr_t last = (start + (uintptr_t)(n_bytes > 0 ? n_bytes : 0)) / page_bytes * page_bytes;
+    if (last > first) {
+        /* Advice: a kernel without huge pages says EINVAL, and that is fine. */
+        (void)madvise((void *)first, last - first, MADV_HUGEPAGE);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef module_methods[] = {
+    {"advise_huge_pages", advise_huge_pages, METH_VARARGS, advise_huge_pages_doc},
+    {"backends", backends, METH_NOARGS, backends_doc},
+    {"n_processors", n_processors, METH_NOARGS, n_processors_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+/* Once per process: NumPy does not live in several interpreters, so neither does this. */
+static int
+module_exec(PyObject *module)
+{
+    py_krul_state *state = py_krul_state_of(module);
+    if (PyArray_ImportNumPyAPI() < 0) {
+        return -1;
+    }
+    state->errors = PyImport_ImportModule("krul.errors");
+    if (state->errors == NULL) {
+        return -1;
+    }
+    krul_error err;
+    /* For tests: chooses among tables that give the same results. */
+    if (krul_backend_find(getenv("KRUL_CPU_BACKEND"), &state->backend, &err) != KRUL_STATUS_OK) {
+        py_krul_raise(state, &err);
+        return -1;
+    }
+    PyMethodDef *tables[] = {module_methods,      py_estimator_methods,  py_selector_methods,
+                             py_entropy_methods,  py_compressor_methods, py_store_methods};
+    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        if (PyModule_AddFunctions(module, tables[i]) != 0) {
+            return -1;
+        }
+    }
+    state->restore_type =
+        (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_restore_spec, NULL);
+    return state->restore_type == NULL ? -1 : PyModule_AddType(module, state->restore_type);
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    py_krul_state *state = py_krul_state_of(module);
+    Py_VISIT(state->errors);
+    Py_VISIT(state->restore_type);
+    return 0;
+}
+
+static int
+module_clear(PyObject *module)
+{
+    py_krul_state *state = py_krul_state_of(module);
+    Py_CLEAR(state->errors);
+    Py_CLEAR(state->restore_type);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#if PY_VERSION_HEX >= 0x030c0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+    {0, NULL},
+};
+
+static PyModuleDef module_definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "krul._core",
+    .m_doc = "The C library of krul, as Python sees it; the modules of krul wrap it.",
+    .m_size = sizeof(py_krul_state),
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__core(void)
+{
+    return PyModuleDef_Init(&module_definition);
+}

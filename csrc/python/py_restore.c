@@ -1,0 +1,281 @@
+/* py_restore.c - krul._core.Restore: a restore under way, as Python holds it. */
+#include "py_krul.h"
+
+#include <stdlib.h>
+
+/* How long one wait sleeps before it looks for Ctrl-C. */
+static const double signal_check_s = 0.1;
+
+typedef struct py_restore {
+    PyObject_HEAD
+    krul_restore *restore;
+    py_krul_borrowed *arrays;
+    Py_ssize_t n_arrays;
+    Py_buffer *payloads;
+    Py_ssize_t n_payloads;
+} py_restore;
+
+static void
+release_arrays(py_restore *self)
+{
+    for (Py_ssize_t i = 0; i < self->n_arrays; i++) {
+        py_krul_release(&self->arrays[i]);
+    }
+    for (Py_ssize_t i = 0; i < self->n_payloads; i++) {
+        PyBuffer_Release(&self->payloads[i]);
+    }
+    self->n_arrays = 0;
+    self->n_payloads = 0;
+}
+
+/* Fill one step from (fd, payload or None, entry, (array or None, ...)). */
+static int
+parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_step *step)
+{
+    PyObject *payload, *entry, *arrays;
+    int result = -1;
+    memset(step, 0, sizeof *step);
+    PyObject *tuple = PySequence_Tuple(item);
+    PyObject *outputs = NULL;
+    if (tuple == NULL ||
+        !PyArg_ParseTuple(tuple, "iOOO;a step is (fd, payload, entry, arrays)", &step->fd, &payload,
+                          &entry, &arrays)) {
+        goto done;
+    }
+    if (py_krul_entry_from_tuple(entry, &step->entry) != 0) {
+        goto done;
+    }
+    if (payload != Py_None) {
+        Py_buffer *buffer = &self->payloads[self->n_payloads];
+        if (PyObject_GetBuffer(payload, buffer, PyBUF_SIMPLE) != 0) {
+            goto done;
+        }
+        self->n_payloads++;
+        if ((uint64_t)buffer->len != step->entry.payload_bytes) {
+            PyErr_Format(PyExc_ValueError, "payload has %zd bytes but its entry says %llu",
+                         buffer->len, (unsigned long long)step->entry.payload_bytes);
+            goto done;
+        }
+        step->fd = -1;
+        step->payload = buffer->buf;
+    }
+    outputs = PySequence_Tuple(arrays);
+    if (outputs == NULL) {
+        goto done;
+    }
+    Py_ssize_t n_wanted = step->entry.layer_upper >= 0 ? 2 : 1;
+    if (PyTuple_GET_SIZE(outputs) != n_wanted) {
+        PyErr_Format(PyExc_ValueError, "a step has %zd arrays but its entry needs %zd",
+                     PyTuple_GET_SIZE(outputs), n_wanted);
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n_wanted; i++) {
+        PyObject *array = PyTuple_GET_ITEM(outputs, i);
+        if (array == Py_None) {
+            continue;
+        }
+        py_krul_borrowed *borrowed = &self->arrays[self->n_arrays];
+        if (py_krul_borrow(state, array, "a step's array", true, borrowed) != 0) {
+            goto done;
+        }
+        self->n_arrays++;
+        step->views[i] = borrowed->view;
+    }
+    result = 0;
+done:
+    Py_XDECREF(outputs);
+    Py_XDECREF(tuple);
+    return result;
+}
+
+static PyObject *
+restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"steps", "n_layers", "n_threads", "backend", NULL};
+    PyObject *steps_in;
+    PyObject *backend_name = Py_None;
+    int n_layers;
+    int n_threads = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iO:Restore", names, &steps_in, &n_layers,
+                                     &n_threads, &backend_name)) {
+        return NULL;
+    }
+    py_krul_state *state = PyType_GetModuleState(type);
+    const krul_backend *backend = py_krul_backend(state, backend_name);
+    if (backend == NULL) {
+        return NULL;
+    }
+    PyObject *items = PySequence_Tuple(steps_in);
+    if (items == NULL) {
+        return NULL;
+    }
+    Py_ssize_t n_steps = PyTuple_GET_SIZE(items);
+    krul_restore_step *steps = PyMem_Calloc((size_t)n_steps + 1, sizeof *steps);
+    py_restore *self = (py_restore *)type->tp_alloc(type, 0);
+    bool is_good = self != NULL && steps != NULL;
+    if (is_good) {
+        self->arrays =
+            PyMem_Calloc((size_t)n_steps * KRUL_COMPRESSOR_MAX_VIEWS + 1, sizeof *self->arrays);
+        self->payloads = PyMem_Calloc((size_t)n_steps + 1, sizeof *self->payloads);
+        is_good = self->arrays != NULL && self->payloads != NULL;
+    }
+    if (!is_good && !PyErr_Occurred()) {
+        PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; i < n_steps && is_good; i++) {
+        is_good = parse_step(state, self, PyTuple_GET_ITEM(items, i), &steps[i]) == 0;
+    }
+    if (is_good) {
+        krul_error err;
+        krul_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = krul_restore_start(backend, steps, n_steps, n_layers, n_threads, &self->restore,
+                                    &err);
+        Py_END_ALLOW_THREADS
+        if (status != KRUL_STATUS_OK) {
+            py_krul_raise(state, &err);
+            is_good = false;
+        }
+    }
+    PyMem_Free(steps);
+    Py_DECREF(items);
+    if (!is_good) {
+        Py_XDECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void
+restore_dealloc(PyObject *object)
+{
+    py_restore *self = (py_restore *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    Py_BEGIN_ALLOW_THREADS
+    krul_restore_free(self->restore);
+    Py_END_ALLOW_THREADS
+    release_arrays(self);
+    PyMem_Free(self->arrays);
+    PyMem_Free(self->payloads);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+PyDoc_STRVAR(restore_wait_doc, "wait($self, layer, /)\n--\n\n"
+                               "Wait until a layer is in; raise what its blocks failed with.");
+
+static PyObject *
+restore_wait(PyObject *object, PyObject *argument)
+{
+    py_restore *self = (py_restore *)object;
+    long layer = PyLong_AsLong(argument);
+    if (layer == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (layer < 0 || layer > INT32_MAX) {
+        return PyErr_Format(PyExc_ValueError, "layer is %ld but must be 0 or more", layer);
+    }
+    krul_error err;
+    krul_status status = KRUL_STATUS_OK;
+    bool is_done = false;
+    while (!is_done) {
+        Py_BEGIN_ALLOW_THREADS
+        is_done = krul_restore_wait_for(self->restore, (int32_t)layer, signal_check_s);
+        Py_END_ALLOW_THREADS
+        if (!is_done && PyErr_CheckSignals() != 0) {
+            return NULL;
+        }
+    }
+    status = krul_restore_wait(self->restore, (int32_t)layer, &err);
+    if (status != KRUL_STATUS_OK) {
+        return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_is_done_doc, "is_done($self, layer, /)\n--\n\n"
+                                  "Would `wait` return at once?");
+
+static PyObject *
+restore_is_done(PyObject *object, PyObject *argument)
+{
+    long layer = PyLong_AsLong(argument);
+    if (layer == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (layer < 0 || layer > INT32_MAX) {
+        return PyErr_Format(PyExc_ValueError, "layer is %ld but must be 0 or more", layer);
+    }
+    return PyBool_FromLong(
+        krul_restore_wait_for(((py_restore *)object)->restore, (int32_t)layer, 0));
+}
+
+PyDoc_STRVAR(restore_cancel_doc, "cancel($self, /)\n--\n\n"
+                                 "Drop what has not begun; waiters wake with InterruptedError.");
+
+static PyObject *
+restore_cancel(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    krul_restore_cancel(((py_restore *)object)->restore);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_close_doc,
+             "close($self, /)\n--\n\n"
+             "Cancel, and return when no thread touches an array, a file or a payload any more.");
+
+static PyObject *
+restore_close(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    py_restore *self = (py_restore *)object;
+    krul_restore_cancel(self->restore);
+    Py_BEGIN_ALLOW_THREADS
+    krul_restore_join(self->restore);
+    Py_END_ALLOW_THREADS
+    release_arrays(self);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_counts_doc, "counts($self, /)\n--\n\n"
+                                 "How far it is: steps, bytes and seconds, as a dict.");
+
+static PyObject *
+restore_counts(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    krul_restore_counts counts;
+    krul_restore_read_counts(((py_restore *)object)->restore, &counts);
+    return Py_BuildValue("{s:L,s:L,s:K,s:d,s:d,s:d}", "n_steps", (long long)counts.n_steps,
+                         "n_steps_done", (long long)counts.n_steps_done, "read_bytes",
+                         (unsigned long long)counts.read_bytes, "read_s", counts.read_s, "decode_s",
+                         counts.decode_s, "elapsed_s", counts.elapsed_s);
+}
+
+static PyMethodDef restore_methods[] = {
+    {"wait", restore_wait, METH_O, restore_wait_doc},
+    {"is_done", restore_is_done, METH_O, restore_is_done_doc},
+    {"cancel", restore_cancel, METH_NOARGS, restore_cancel_doc},
+    {"close", restore_close, METH_NOARGS, restore_close_doc},
+    {"counts", restore_counts, METH_NOARGS, restore_counts_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+PyDoc_STRVAR(restore_doc,
+             "Restore(steps, n_layers, n_threads=0, backend=None)\n--\n\n"
+             "Blocks on their way from files or memory into arrays, on threads of the library.\n\n"
+             "Each step is ``(fd, payload or None, entry, arrays)``; arrays are written in place\n"
+             "and are kept alive, files must stay open until `close`.");
+
+static PyType_Slot restore_slots[] = {
+    {Py_tp_new, restore_new},
+    {Py_tp_dealloc, restore_dealloc},
+    {Py_tp_methods, restore_methods},
+    {Py_tp_doc, (void *)restore_doc},
+    {0, NULL},
+};
+
+PyType_Spec py_restore_spec = {
+    .name = "krul._core.Restore",
+    .basicsize = sizeof(py_restore),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = restore_slots,
+};

@@ -1,0 +1,197 @@
+/* store_crc32c.c - CRC-32C (Castagnoli), the checksum of every byte in a store.
+ *
+ * The x86 instruction takes three cycles but can start every cycle, so three stretches of a buffer
+ * are summed side by side and then joined: a CRC is linear, so "the first stretch followed by that
+ * many zero bytes" is four look-ups. Where there is no such instruction, eight tables take eight
+ * bytes per step. */
+#include <pthread.h>
+#include <string.h>
+
+#include "store.h"
+
+#if defined(__x86_64__)
+#include <nmmintrin.h>
+#endif
+
+enum {
+    POLYNOMIAL = (int)0x82f63b78u, /* bits reversed, as the CRC is */
+    N_SLICES = 8,
+    LONG_STRETCH_BYTES = 4096, /* powers of two: see build_shift */
+    SHORT_STRETCH_BYTES = 256,
+};
+
+/* slices[k][b]: the CRC of byte b followed by k zero bytes. */
+static uint32_t slices[N_SLICES][256];
+
+/* shift[i][b]: what byte b at place i of a CRC becomes when a stretch of zero bytes follows. */
+typedef struct shift_table {
+    uint32_t shift[4][256];
+} shift_table;
+
+static shift_table long_shift;
+static shift_table short_shift;
+static bool has_instruction;
+static pthread_once_t tables_once = PTHREAD_ONCE_INIT;
+
+/* Multiply a 32 x 32 matrix over GF(2), one word per column, by a vector. */
+static uint32_t
+multiply_vector(const uint32_t matrix[32], uint32_t vector)
+{
+    uint32_t sum = 0;
+    for (int bit = 0; bit < 32; bit++) {
+        if ((vector >> bit & 1u) != 0) {
+            sum ^= matrix[bit];
+        }
+    }
+    return sum;
+}
+
+/* n_bytes must be a power of two: one zero byte is a matrix, and squaring it doubles the bytes. */
+static void
+build_shift(size_t n_bytes, shift_table *out)
+{
+    uint32_t matrix[32];
+    for (int bit = 0; bit < 32; bit++) {
+        uint32_t crc = 1u << bit;
+        matrix[bit] = crc >> 8 ^ slices[0][crc & 0xffu];
+    }
+    for (size_t done = 1; done < n_bytes; done *= 2) {
+        uint32_t squared[32];
+        for (int bit = 0; bit < 32; bit++) {
+            squared[bit] = multiply_vector(matrix, matrix[bit]);
+        }
+        memcpy(matrix, squared, sizeof matrix);
+    }
+    for (uint32_t place = 0; place < 4; place++) {
+        for (uint32_t byte = 0; byte < 256; byte++) {
+            out->shift[place][byte] = multiply_vector(matrix, byte << 8 * place);
+        }
+    }
+}
+
+static void
+build_tables(void)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; bit++) {
+            crc = (crc & 1u) != 0 ? crc >> 1 ^ (uint32_t)POLYNOMIAL : crc >> 1;
+        }
+        slices[0][byte] = crc;
+    }
+    for (int slice = 1; slice < N_SLICES; slice++) {
+        for (uint32_t byte = 0; byte < 256; byte++) {
+            uint32_t crc = slices[slice - 1][byte];
+            slices[slice][byte] = crc >> 8 ^ slices[0][crc & 0xffu];
+        }
+    }
+    build_shift(LONG_STRETCH_BYTES, &long_shift);
+    build_shift(SHORT_STRETCH_BYTES, &short_shift);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    has_instruction = __builtin_cpu_supports("sse4.2") != 0;
+#endif
+}
+
+static void
+need_tables(void)
+{
+    /* Fails only for an invalid once object. */
+    (void)pthread_once(&tables_once, build_tables);
+}
+
+uint32_t
+krul_store_crc32c_by_table(uint32_t crc, const void *bytes, size_t n_bytes)
+{
+    need_tables();
+    const uint8_t *next = bytes;
+    uint32_t state = ~crc;
+    for (; n_bytes >= 8; n_bytes -= 8, next += 8) {
+        uint32_t low = state ^ krul_load_u32(next);
+        uint32_t high = krul_load_u32(next + 4);
+        state = slices[7][low & 0xffu] ^ slices[6][low >> 8 & 0xffu] ^
+                slices[5][low >> 16 & 0xffu] ^ slices[4][low >> 24] ^ slices[3][high & 0xffu] ^
+                slices[2][high >> 8 & 0xffu] ^ slices[1][high >> 16 & 0xffu] ^
+                slices[0][high >> 24];
+    }
+    for (; n_bytes > 0; n_bytes--, next++) {
+        state = state >> 8 ^ slices[0][(state ^ *next) & 0xffu];
+    }
+    return ~state;
+}
+
+bool
+krul_store_crc32c_has_instruction(void)
+{
+    need_tables();
+    return has_instruction;
+}
+
+#if defined(__x86_64__)
+
+static uint32_t
+apply_shift(const shift_table *table, uint64_t state)
+{
+    return table->shift[0][state & 0xffu] ^ table->shift[1][state >> 8 & 0xffu] ^
+           table->shift[2][state >> 16 & 0xffu] ^ table->shift[3][state >> 24 & 0xffu];
+}
+
+/* Take as many triples of stretches as there are; the rest is left to the caller. */
+__attribute__((target("sse4.2"))) static uint64_t
+sum_triples(uint64_t state, const uint8_t **next, size_t *n_bytes, size_t stretch_bytes,
+            const shift_table *table)
+{
+    const uint8_t *at = *next;
+    size_t left = *n_bytes;
+    while (left >= 3 * stretch_bytes) {
+        uint64_t second = 0;
+        uint64_t third = 0;
+        for (size_t i = 0; i < stretch_bytes; i += 8) {
+            state = _mm_crc32_u64(state, krul_load_u64(at + i));
+            second = _mm_crc32_u64(second, krul_load_u64(at + stretch_bytes + i));
+            third = _mm_crc32_u64(third, krul_load_u64(at + 2 * stretch_bytes + i));
+        }
+        state = apply_shift(table, state) ^ second;
+        state = apply_shift(table, state) ^ third;
+        at += 3 * stretch_bytes;
+        left -= 3 * stretch_bytes;
+    }
+    *next = at;
+    *n_bytes = left;
+    return state;
+}
+
+__attribute__((target("sse4.2"))) static uint32_t
+sum_by_instruction(uint32_t crc, const uint8_t *next, size_t n_bytes)
+{
+    uint64_t state = (uint32_t)~crc;
+    state = sum_triples(state, &next, &n_bytes, LONG_STRETCH_BYTES, &long_shift);
+    state = sum_triples(state, &next, &n_bytes, SHORT_STRETCH_BYTES, &short_shift);
+    for (; n_bytes >= 8; n_bytes -= 8, next += 8) {
+        state = _mm_crc32_u64(state, krul_load_u64(next));
+    }
+    uint32_t narrow = (uint32_t)state;
+    for (; n_bytes > 0; n_bytes--, next++) {
+        narrow = _mm_crc32_u8(narrow, *next);
+    }
+    return ~narrow;
+}
+
+#endif
+
+uint32_t
+krul_store_crc32c_by_instruction(uint32_t crc, const void *bytes, size_t n_bytes)
+{
+#if defined(__x86_64__)
+    if (krul_store_crc32c_has_instruction()) {
+        return sum_by_instruction(crc, bytes, n_bytes);
+    }
+#endif
+    return krul_store_crc32c_by_table(crc, bytes, n_bytes);
+}
+
+uint32_t
+krul_store_crc32c(uint32_t crc, const void *bytes, size_t n_bytes)
+{
+    return krul_store_crc32c_by_instruction(crc, bytes, n_bytes);
+}

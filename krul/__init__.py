@@ -1,0 +1,113 @@
+"""krul keeps the KV cache of a chat: compressed, stored, and back before the model has to wait.
+
+``import krul`` loads NumPy and krul's own C module; torch and transformers are imported when a name
+that needs them is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CorruptionError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    KrulError,
+    MismatchError,
+    ShapeError,
+    StoreFullError,
+    UnsupportedModelError,
+)
+from .reports import ConversationInfo, GcReport, Problem, RestoreReport, SaveReport
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from . import compressor, estimator, restore, selector
+    from .attach import attach
+    from .cache import Cache
+    from .store import Store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "ConversationInfo",
+    "CorruptionError",
+    "DTypeError",
+    "DeviceError",
+    "FormatError",
+    "GcReport",
+    "KrulError",
+    "MismatchError",
+    "Problem",
+    "RestoreReport",
+    "SaveReport",
+    "Settings",
+    "ShapeError",
+    "Store",
+    "StoreFullError",
+    "UnsupportedModelError",
+    "attach",
+    "backends",
+    "compressor",
+    "estimator",
+    "restore",
+    "selector",
+]
+
+# Name: the module that has it, and the name there; None is the module itself.
+_LAZY = {
+    "Cache": ("cache", "Cache"),
+    "Store": ("store", "Store"),
+    "attach": ("attach", "attach"),
+    "compressor": ("compressor", None),
+    "estimator": ("estimator", None),
+    "restore": ("restore", None),
+    "selector": ("selector", None),
+}
+
+
+def backends() -> dict[str, Any]:
+    """Tell what can run here, what was chosen, and why not the rest.
+
+    Returns
+    -------
+    dict
+        ``chosen``: the name of the table of kernels in use. ``usable``: all that can run here, best
+        first. ``unusable``: the others, each with the reason.
+
+    Examples
+    --------
+    >>> import krul
+    >>> found = krul.backends()
+    >>> found["chosen"] in found["usable"]
+    True
+    """
+    from . import _core
+
+    tables = _core.backends()
+    return {
+        "chosen": next(name for name, _, is_chosen in tables if is_chosen),
+        "usable": [name for name, is_usable, _ in tables if is_usable],
+        "unusable": {
+            **{name: "not for this processor" for name, is_usable, _ in tables if not is_usable},
+            "cuda": "not in this version",
+        },
+    }
+
+
+def __getattr__(name: str) -> Any:
+    """Import what was asked for, once."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(f".{module_name}", __name__)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,85 @@
+"""The C library of krul, as Python sees it; written by hand, compared with the module by a test.
+
+``_Array`` is any object with ``__dlpack__`` or the buffer protocol: torch tensors, NumPy arrays.
+``_Buffer`` is contiguous bytes. Every call that works releases the GIL.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, final
+
+import numpy as np
+import numpy.typing as npt
+
+_Array: TypeAlias = Any
+_Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
+# kind, codec, kv, dtype, layer_lower, layer_upper, n_batch, n_heads, head_dim, token_start,
+# n_tokens, offset, payload_bytes, payload_crc32c
+_Entry: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+
+def advise_huge_pages(address: int, n_bytes: int, /) -> None: ...
+def backends() -> list[tuple[str, bool, bool]]: ...
+def n_processors() -> int: ...
+def estimator_observe(
+    layers: Sequence[tuple[Any, ...] | None],
+    row_positions: npt.NDArray[np.int64],
+    key_is_real: npt.NDArray[np.uint8] | int,
+    weight: float,
+    distances: npt.NDArray[np.float64],
+    importance: npt.NDArray[np.float64],
+    received: npt.NDArray[np.float32],
+    n_rows: npt.NDArray[np.float64],
+    tile_bytes: int,
+    n_threads: int,
+    backend: str | None = None,
+) -> None: ...
+def choose_pairs(
+    distances: npt.NDArray[np.float64],
+    importance: npt.NDArray[np.float64],
+    layer_class: npt.NDArray[np.int32],
+    n_sensitive: int,
+    n_pairs: int,
+) -> npt.NDArray[np.int32]: ...
+def fixed_pairs(layer_class: npt.NDArray[np.int32], n_pairs: int) -> npt.NDArray[np.int32]: ...
+def pair_count(n_layers: int, ratio: float) -> int: ...
+def entropy_encode(symbols: _Buffer, /, backend: str | None = None) -> bytes: ...
+def entropy_decode(stream: _Buffer, n_symbols: int, /, backend: str | None = None) -> bytes: ...
+def encode_blocks(
+    jobs: Sequence[tuple[int, int, Sequence[_Array]]],
+    n_threads: int = 0,
+    backend: str | None = None,
+) -> list[tuple[bytes, int, float, float]]: ...
+def decode_blocks(
+    jobs: Sequence[tuple[int, int, _Buffer, Sequence[_Array | None]]],
+    n_threads: int = 0,
+    backend: str | None = None,
+) -> None: ...
+def codecs() -> dict[str, int]: ...
+def crc32c(buffer: _Buffer, crc: int = 0, /) -> int: ...
+def store_write(
+    directory_fd: int,
+    name: str,
+    kind: int,
+    entries: Sequence[_Entry],
+    payloads: Sequence[_Buffer],
+    /,
+) -> int: ...
+def store_read_head(fd: int, /) -> tuple[int, int, int, list[_Entry]]: ...
+def store_parse(
+    buffer: _Buffer, file_bytes: int | None = None, /
+) -> tuple[int, int, int, list[_Entry]]: ...
+def store_read_payload(fd: int, entry: _Entry, /) -> bytes: ...
+def store_constants() -> dict[str, int]: ...
+@final
+class Restore:
+    def __new__(
+        cls,
+        steps: Sequence[tuple[int, _Buffer | None, _Entry, Sequence[_Array | None]]],
+        n_layers: int,
+        n_threads: int = 0,
+        backend: str | None = None,
+    ) -> Restore: ...
+    def wait(self, layer: int, /) -> None: ...
+    def is_done(self, layer: int, /) -> bool: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+    def counts(self) -> dict[str, float]: ...

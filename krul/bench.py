@@ -1,0 +1,107 @@
+"""``krul bench``: how fast each codec runs on this machine, beside a plain copy in the same run.
+
+A look, not a measurement to quote: random float16 blocks of a typical shape, all processors. The
+benchmarks with real text, real models and their notes are in the source tree, in ``benchmarks``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from . import _core, backends
+from .compressor import CODECS
+
+__all__ = ["run", "to_text"]
+
+SHAPE = (1, 8, 2048, 64)
+N_BLOCKS = 8
+
+
+def _seconds(function: Any, budget_s: float) -> float:
+    """Return the shortest of as many runs as fit in the time."""
+    function()
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def run(*, is_quick: bool = False) -> dict[str, Any]:
+    """Time encoding and decoding of every codec.
+
+    Parameters
+    ----------
+    is_quick : bool
+        About a second instead of about ten.
+
+    Returns
+    -------
+    dict
+        ``backend``, ``n_threads``, ``copy_gb_s`` and ``codecs``: rows with ``codec``, ``encode_gb_s``,
+        ``decode_gb_s`` (of uncompressed bytes) and ``ratio``.
+
+    Examples
+    --------
+    >>> found = run(is_quick=True)
+    >>> [row["codec"] for row in found["codecs"]]
+    ['exact', 'int8', 'int4', 'share', 'share+int8', 'share+int4']
+    """
+    random = np.random.default_rng(0)
+    scale = random.gamma(2.0, size=(1, SHAPE[1], 1, SHAPE[3]))
+    blocks = [
+        (random.standard_normal(SHAPE) * scale).astype(np.float16) for _ in range(2 * N_BLOCKS)
+    ]
+    outs = [np.empty_like(block) for block in blocks]
+    n_bytes = sum(block.nbytes for block in blocks)
+    budget_s = 0.04 if is_quick else 0.7
+
+    def copy() -> None:
+        for block, out in zip(blocks, outs, strict=True):
+            np.copyto(out, block)
+
+    rows = []
+    for codec, number in CODECS.items():
+        n_arrays = 2 if codec.startswith("share") else 1
+        groups = range(0, len(blocks), n_arrays)
+        jobs = [(number, 0, tuple(blocks[i : i + n_arrays])) for i in groups]
+        coded = _core.encode_blocks(jobs)
+        back = [
+            (used, 0, payload, tuple(outs[i : i + n_arrays]))
+            for (payload, used, _, _), i in zip(coded, groups, strict=True)
+        ]
+        encode_s = _seconds(lambda jobs=jobs: _core.encode_blocks(jobs), budget_s)
+        decode_s = _seconds(lambda back=back: _core.decode_blocks(back), budget_s)
+        rows.append(
+            {
+                "codec": codec,
+                "encode_gb_s": n_bytes / encode_s / 1e9,
+                "decode_gb_s": n_bytes / decode_s / 1e9,
+                "ratio": n_bytes / sum(len(payload) for payload, *_ in coded),
+            }
+        )
+    return {
+        "backend": backends()["chosen"],
+        "n_threads": _core.n_processors(),
+        "copy_gb_s": n_bytes / _seconds(copy, budget_s) / 1e9,
+        "codecs": rows,
+    }
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """Return the table that people read."""
+    lines = [
+        f"backend {result['backend']}, {result['n_threads']} threads; random float16, GB/s of "
+        "uncompressed bytes",
+        f"{'codec':<12}{'encode':>8}{'decode':>8}{'ratio':>8}",
+    ]
+    lines += [
+        f"{row['codec']:<12}{row['encode_gb_s']:>8.2f}{row['decode_gb_s']:>8.2f}{row['ratio']:>8.2f}"
+        for row in result["codecs"]
+    ]
+    lines.append(f"a copy on one thread: {result['copy_gb_s']:.2f}")
+    return "\n".join(lines)

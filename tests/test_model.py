@@ -1,0 +1,551 @@
+"""What krul asks of a model: support, probe, layers, classes of layers, fingerprint."""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import models
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from krul import model as ask
+from krul.errors import MismatchError, UnsupportedModelError
+
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed (pip install peft)")
+
+# What transformers' registry of attention functions does not reach, by the first release that does;
+# None means none so far.
+NOT_OBSERVED_BEFORE = {
+    "falcon": None,
+    "falcon_alibi": None,
+    "bloom": None,
+    "gptj": None,
+    "gpt_neo": None,
+    "codegen": None,
+    "mpt": None,
+    "xglm": None,
+    "nemotron": (5, 5),
+    "diffllama": (5, 5),
+    "stablelm": (5, 0),
+    "qwen2_moe": (5, 0),
+    "olmoe": (5, 0),
+    "phimoe": (5, 0),
+    "dbrx": (5, 0),
+}
+
+
+def expect_observed(name):
+    first = NOT_OBSERVED_BEFORE.get(name, (0, 0))
+    return first is not None and first <= models.VERSION
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.tiny("llama")
+
+
+# ---- support, probe, layers ----------------------------------------------------------------------
+
+
+def test_families_that_this_release_lacks(record_property):
+    record_property("absent", " ".join(models.ABSENT))
+    print(f"transformers {transformers.__version__} lacks {len(models.ABSENT)}: {models.ABSENT}")
+    # 4.57 lacks four families of the zoo; the newest release lacks none.
+    assert len(models.workable()) >= 58
+    if models.VERSION >= (5, 17):
+        assert models.ABSENT == []
+
+
+@pytest.mark.parametrize("name", models.workable())
+def test_workable_family(name):
+    model = models.tiny(name)
+    assert ask.support(model) is None
+    capabilities = ask.probe(model)
+    assert capabilities.cache is None
+    if models.NOT_RECOMPUTABLE_BEFORE.get(name, (0, 0)) > models.VERSION:
+        assert "depends on later tokens" in capabilities.recompute
+    else:
+        assert capabilities.recompute is None
+    assert (capabilities.observe is None) == expect_observed(name), capabilities.observe
+
+    decoder, layers = ask.decoder_layers(model)
+    assert [index for index, _, _ in layers] == list(range(models.N_LAYERS))
+    assert all(layer in list(decoder.modules()) for _, layer, _ in layers)
+    own = ask.own_layers(model)
+    assert own == [name != "gemma3n" or index < 3 for index in range(models.N_LAYERS)]
+    classes = ask.layer_classes(model)
+    assert [number >= 0 for number in classes] == own
+
+    found = ask.fingerprint(model)
+    assert found.behaviour.shape == (256,)
+    assert found.behaviour.dtype == np.float32
+    assert np.isfinite(found.behaviour).all()
+    assert [shape.kind != "none" for shape in found.layout] == own
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in {**models.WORKABLE, **models.REFUSED} if models.is_refused(n)]
+)
+def test_refused_family(name):
+    if not models.is_available(name):
+        assert name in models.ABSENT
+        return
+    model = models.tiny(name)
+    reason = ask.support(model)
+    assert type(model).__name__ in reason
+    assert ask.probe(model) == ask.Capabilities(reason, reason, reason)
+    with pytest.raises(UnsupportedModelError, match=type(model).__name__):
+        ask.fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("llama", [0, 0, 0, 0]),
+        ("mistral", [0, 0, 0, 0]),
+        ("qwen2_sliding", [0, 0, 1, 1]),
+        ("gemma2", [0, 1, 0, 1]),
+        ("gemma3", [0, 1, 0, 1]),
+        ("smollm3", [0, 1, 0, 1]),
+        ("gpt_oss", [0, 1, 0, 1]),
+        ("llama4", [0, 1, 0, 1]),
+        ("gpt_neo", [0, 1, 0, 1]),
+    ],
+)
+def test_layer_classes(name, classes):
+    assert ask.layer_classes(models.tiny(name)) == classes
+
+
+def test_layout_tells_windows_and_heads():
+    layout = ask.fingerprint(models.tiny("gemma3")).layout
+    assert layout[0] == ask.LayerShape("sliding", models.WINDOW, 2, 16, 16)
+    assert layout[1] == ask.LayerShape("full", 0, 2, 16, 16)
+
+
+@pytest.mark.parametrize("thing", [None, 3, "llama", torch.nn.Linear(2, 2)])
+def test_what_is_no_model(thing):
+    assert "must be, or contain, a transformers model" in ask.support(thing)
+    with pytest.raises(UnsupportedModelError, match="must be, or contain"):
+        ask.generation_model(thing)
+
+
+def test_generation_model_looks_inside_wrappers(llama):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama
+
+    assert ask.generation_model(Wrapper()) is llama
+    assert ask.generation_model(torch.compile(llama)) is llama
+
+
+def test_probe_leaves_no_trace():
+    model = models.tiny("llama", attention_dropout=0.3)
+    model.train()
+    model.model.layers[1].eval()
+    flags = [module.training for module in model.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    registry = dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert ask.probe(model) == ask.Capabilities()
+    ask.fingerprint(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == flags
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS) == registry
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_second_look_runs_nothing():
+    model = models.tiny("llama")
+    first = ask.probe(model), ask.fingerprint(model)
+    calls = []
+    model.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    assert (ask.probe(model), ask.fingerprint(model)) == first
+    assert calls == []
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.view(-1)[0] += 1
+    ask.probe(model)
+    assert len(calls) >= 3
+
+
+def test_probe_forgets_models():
+    model = models.tiny("llama")
+    ask.probe(model)
+    ask.fingerprint(model)
+    n_known = len(ask._remembered)
+    del model
+    import gc
+
+    gc.collect()
+    assert len(ask._remembered) < n_known
+
+
+def test_probe_from_threads_at_once():
+    model = models.tiny("gemma3")
+    expected = models.tiny("gemma3")
+    results, barrier = [], threading.Barrier(4)
+
+    def run():
+        barrier.wait()
+        results.append((ask.probe(model), ask.fingerprint(model).exact))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [(ask.probe(expected), ask.fingerprint(expected).exact)] * 4
+
+
+class _Leaky(torch.nn.Module):
+    """Adds a sum over all tokens that it has ever been fed, which no cache holds."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.total = inner, 0.0
+
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        self.total = self.total + 3.0 * out.sum(dim=1, keepdim=True)
+        return out + self.total
+
+
+def test_probe_finds_a_state_outside_the_cache():
+    model = models.tiny("llama")
+    model.model.layers[0].mlp = _Leaky(model.model.layers[0].mlp)
+    capabilities = ask.probe(model)
+    assert capabilities.cache is not None or capabilities.recompute is not None
+
+
+def test_probe_finds_attention_to_later_tokens():
+    model = models.tiny("llama")
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) + x.mean(dim=1, keepdim=True)
+    capabilities = ask.probe(model)
+    assert capabilities.cache is None
+    assert "depends on later tokens" in capabilities.recompute
+
+
+def test_probe_finds_layers_that_bypass_the_cache():
+    model = models.tiny("llama")
+    attention = model.model.layers[2].self_attn
+    forward = attention.forward
+
+    def bypassing(*args, **kwargs):
+        kwargs["past_key_values"] = None
+        return forward(*args, **kwargs)
+
+    attention.forward = bypassing
+    reason = ask.probe(model).cache
+    assert "layers [2] hand no K and V" in reason
+
+
+def test_probe_reports_what_the_model_raises():
+    model = models.tiny("llama")
+
+    def failing(*args, **kwargs):
+        raise ZeroDivisionError("no luck")
+
+    model.model.layers[0].mlp.forward = failing
+    assert "ZeroDivisionError: no luck" in ask.probe(model).cache
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------
+
+
+def roundtrip(found):
+    """Return `found` as a manifest gives it back."""
+    text = found.to_text()
+    assert len(text) <= 1024
+    assert text.isascii()
+    assert text.isprintable()
+    return ask.Fingerprint.from_text(text, np.frombuffer(found.behaviour.tobytes(), np.float32))
+
+
+def refusal(stored, present):
+    with pytest.raises(MismatchError) as info:
+        ask.check_fingerprint(roundtrip(stored), present)
+    with pytest.raises(MismatchError) as direct:
+        ask.check_fingerprint(stored, present)
+    assert str(info.value) == str(direct.value)
+    return str(info.value)
+
+
+def test_same_weights_same_fingerprint():
+    first, second = (ask.fingerprint(models.tiny("llama")) for _ in range(2))
+    assert first == second
+    assert np.array_equal(first.behaviour, second.behaviour)
+    ask.check_fingerprint(roundtrip(first), second)
+
+
+def test_attention_implementation_is_no_difference():
+    sdpa = ask.fingerprint(models.tiny("llama", attn_implementation="sdpa"))
+    eager = ask.fingerprint(models.tiny("llama", attn_implementation="eager"))
+    assert sdpa.exact == eager.exact
+    assert 0 < ask.behaviour_distance(sdpa.behaviour, eager.behaviour) < 1e-5
+    ask.check_fingerprint(roundtrip(sdpa), eager)
+
+
+def test_training_mode_is_no_difference(llama):
+    model = copy.deepcopy(llama).train()
+    assert ask.fingerprint(model) == ask.fingerprint(llama)
+
+
+def test_other_seed(llama):
+    words = refusal(ask.fingerprint(llama), ask.fingerprint(models.tiny("llama", seed=1)))
+    assert "weights differ" in words
+    assert "stored" in words
+    assert "present" in words
+
+
+def test_other_dtype(llama):
+    model = models.tiny("llama", dtype=torch.bfloat16)
+    words = refusal(ask.fingerprint(llama), ask.fingerprint(model))
+    assert "dtype differs: float32 stored, bfloat16 present" in words
+    assert "weights differ" not in words
+
+
+def test_one_changed_layer_is_named(llama):
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+    words = refusal(ask.fingerprint(llama), ask.fingerprint(model))
+    assert "weights differ: model.layers.2 (" in words
+    assert "layers.1" not in words
+
+
+def test_samples_visit_every_column():
+    rows, columns = 256, 64
+    step = ask._step(rows * columns, columns)
+    assert {index * step % columns for index in range(64)} == set(range(columns))
+
+
+def test_non_contiguous_parameter(llama):
+    model = copy.deepcopy(llama)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        weight.detach().t().contiguous().t()
+    )
+    assert not model.model.layers[0].mlp.up_proj.weight.is_contiguous()
+    assert ask.fingerprint(model).exact == ask.fingerprint(llama).exact
+
+
+def rope_base(value):
+    """Return the configuration's spelling of a rotary base in either release."""
+    if models.VERSION >= (5, 0):
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
+    return {"rope_theta": value}
+
+
+def test_other_rotary_base_shows_in_behaviour_alone():
+    stored = ask.fingerprint(models.tiny("llama", **rope_base(10_000.0)))
+    present = ask.fingerprint(models.tiny("llama", **rope_base(100_000.0)))
+    assert stored.exact == present.exact
+    words = refusal(stored, present)
+    assert "behaviour differs: distance" in words
+    assert "> 0.005" in words
+    assert "rotary base" in words
+
+
+def test_rotary_table_changed_in_place(llama):
+    model = copy.deepcopy(llama)
+    stored = ask.fingerprint(model)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    assert "behaviour differs" in refusal(stored, ask.fingerprint(model))
+
+
+def test_other_window():
+    stored = ask.fingerprint(models.tiny("mistral"))
+    present = ask.fingerprint(models.tiny("mistral", sliding_window=12))
+    words = refusal(stored, present)
+    assert "layer layout differs: 0-3:_sliding_8_2x16/16 stored, 0-3:_sliding_12_2x16/16" in words
+
+
+def test_other_family(llama):
+    words = refusal(ask.fingerprint(llama), ask.fingerprint(models.tiny("gpt2")))
+    assert "layer layout differs" in words
+
+
+def test_foreign_stored_text(llama):
+    present = ask.fingerprint(llama)
+    for text in ("", "xyz", "0" * 63, "0" * 65, " " + "0" * 64):
+        with pytest.raises(ValueError, match="must with 64 hexadecimal digits"):
+            ask.Fingerprint.from_text(text, present.behaviour)
+    with pytest.raises(ValueError, match=r"behaviour is \(3,\) but must be \(256,\)"):
+        ask.Fingerprint.from_text("0" * 64, np.zeros(3))
+    bare = ask.Fingerprint.from_text("0" * 64, present.behaviour)
+    with pytest.raises(MismatchError, match=f"{'0' * 64} stored and {present.exact} present"):
+        ask.check_fingerprint(bare, present)
+    for text in ("weights=", "weights=,,,", "layout=", "a=b c d=e=f"):
+        odd = ask.Fingerprint.from_text(f"{'0' * 64} {text}", present.behaviour)
+        with pytest.raises(MismatchError, match="another model"):
+            ask.check_fingerprint(odd, present)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_behaviour_is_refused(llama, bad):
+    present = ask.fingerprint(llama)
+    numbers = present.behaviour.copy()
+    numbers[7] = bad
+    stored = ask.Fingerprint.from_text(present.to_text(), numbers)
+    with pytest.raises(MismatchError, match="distance inf"):
+        ask.check_fingerprint(stored, present)
+
+
+def test_behaviour_distance():
+    numbers = np.linspace(-1, 1, 256)
+    assert ask.behaviour_distance(numbers, numbers) == 0
+    assert ask.behaviour_distance(numbers, 1.01 * numbers) == pytest.approx(0.01 / 1.01)
+    assert ask.behaviour_distance(np.zeros(256), np.zeros(256)) == 0
+    with pytest.raises(ValueError, match=r"present is \(255,\)"):
+        ask.behaviour_distance(numbers, numbers[1:])
+
+
+def test_many_groups_fit_into_a_manifest():
+    parts = {f"weights model.layers.{i}": f"{i:016x}" for i in range(500)}
+    parts |= {
+        "dtype": "float32",
+        "quantisation": "none",
+        "adapters": "é" * 300,
+        "layout": "x" * 900,
+    }
+    found = ask.Fingerprint("a" * 64, np.zeros(256, np.float32), parts, ())
+    assert roundtrip(found).exact == "a" * 64
+
+
+def test_weights_that_are_nowhere(llama):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(models.config_of("llama"))
+    with pytest.raises(UnsupportedModelError, match="on the device 'meta'"):
+        ask.fingerprint(model)
+
+
+def test_exact_part_is_fast(llama):
+    """A loose bound, to catch a copy of the weights; the figure is in the benchmarks."""
+    ask.fingerprint(llama)
+    best = min(_timed(lambda: ask.fingerprint(llama)) for _ in range(20))
+    assert best < 0.03
+
+
+def _timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def test_same_in_another_process(llama):
+    code = (
+        "import sys, models; from krul import model as ask\n"
+        "f = ask.fingerprint(models.tiny('llama'))\n"
+        "print(f.to_text()); print(f.behaviour.tobytes().hex())"
+    )
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([here, os.path.dirname(here), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    text, behaviour = done.stdout.split("\n")[:2]
+    found = ask.fingerprint(llama)
+    assert text == found.to_text()
+    assert bytes.fromhex(behaviour) == found.behaviour.tobytes()
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted():
+    import peft
+
+    model = models.tiny("llama")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    wrapped = peft.get_peft_model(model, config).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return wrapped
+
+
+@needs_peft
+def test_lora_is_a_part_of_the_fingerprint(adapted, llama):
+    assert ask.support(adapted) is None
+    assert ask.probe(adapted).cache is None
+    base, active = ask.fingerprint(llama), ask.fingerprint(adapted)
+    words = refusal(base, active)
+    assert "adapter state differs: none stored, default_" in words
+    assert "weights differ" not in words
+    with adapted.disable_adapter():
+        assert ask.fingerprint(adapted) == base
+    assert ask.fingerprint(adapted) == active
+
+
+@needs_peft
+def test_lora_scaling_is_a_part(adapted):
+    stored = ask.fingerprint(adapted)
+    for module in adapted.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 0.01
+    assert "adapter state differs" in refusal(stored, ask.fingerprint(adapted))
+
+
+@needs_peft
+def test_second_adapter(adapted):
+    import peft
+
+    stored = ask.fingerprint(adapted)
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert ask.fingerprint(adapted) == stored
+    adapted.set_adapter("other")
+    words = refusal(stored, ask.fingerprint(adapted))
+    assert "default_" in words
+    assert "other_" in words
+
+
+@needs_peft
+def test_merged_lora_is_other_weights(adapted, llama):
+    active = ask.fingerprint(adapted)
+    adapted.merge_adapter()
+    merged = ask.fingerprint(adapted)
+    words = refusal(active, merged)
+    assert "adapter state differs" in words
+    assert "weights differ" in words
+    adapted.unmerge_adapter()
+    plain = copy.deepcopy(adapted).merge_and_unload()
+    assert ask.fingerprint(plain).parts["adapters"] == "none"
+    assert "weights differ" in refusal(ask.fingerprint(llama), ask.fingerprint(plain))
+
+
+@needs_peft
+def test_prompt_learning_is_refused():
+    import peft
+
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = peft.get_peft_model(models.tiny("llama"), config)
+    assert "prompt-learning adapter 'default'" in ask.support(wrapped)
+
+
+# ---- accelerate ----------------------------------------------------------------------------------
+
+
+def test_offloaded_weights_are_read_where_they_are(llama):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(copy.deepcopy(llama), execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    assert ask.probe(model).cache is None
+    assert ask.fingerprint(model) == ask.fingerprint(llama)
