@@ -43,9 +43,7 @@ setup(
     ext_modules=[
         Extension(
             "krul._core",
-            sources=sorted(
-                glob("csrc/*.c") + glob("csrc/kernels/*.c") + glob("csrc/python/*.c")
-            ),
+            sources=sorted(glob("csrc/*.c") + glob("csrc/kernels/*.c") + glob("csrc/python/*.c")),
             depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h") + glob("csrc/kernels/*.inc")),
             include_dirs=[numpy.get_include()],
             define_macros=[("_GNU_SOURCE", None)],

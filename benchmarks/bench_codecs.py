@@ -140,9 +140,7 @@ class Bench:
     def one_text(self, kind: str, words: str, n_tokens: int) -> None:
         """Measure every codec on one text."""
         ids = self.tokenizer(words, return_tensors="pt").input_ids[:, : n_tokens + N_SCORED]
-        harness.check(
-            ids.shape[1] == n_tokens + N_SCORED, f"{kind} has only {ids.shape[1]} tokens"
-        )
+        harness.check(ids.shape[1] == n_tokens + N_SCORED, f"{kind} has only {ids.shape[1]} tokens")
         layers, paper = self.read(ids[:, :n_tokens])
         n_layers = len(layers)
         fixed = tuple(map(tuple, krul.selector.fixed_pairs([0] * n_layers, N_PAIRS)))

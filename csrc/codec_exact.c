@@ -31,9 +31,9 @@ enum {
 typedef struct exact_sizes {
     size_t n_elements;
     size_t element_bytes;
-    size_t n_offsets;  /* one per batch item, head and channel */
+    size_t n_offsets; /* one per batch item, head and channel */
     size_t kept_bytes; /* n_elements * (element_bytes - 1) */
-    size_t raw_bytes;  /* n_elements * element_bytes */
+    size_t raw_bytes; /* n_elements * element_bytes */
 } exact_sizes;
 
 static krul_status
@@ -135,8 +135,8 @@ mean_offsets(const uint8_t *coded, size_t n_tokens, size_t head_dim, uint8_t *of
 {
     enum { CHANNELS_AT_ONCE = 64 };
     for (size_t first = 0; first < head_dim; first += CHANNELS_AT_ONCE) {
-        size_t n_channels =
-            head_dim - first < CHANNELS_AT_ONCE ? head_dim - first : CHANNELS_AT_ONCE;
+        size_t n_channels = head_dim - first < CHANNELS_AT_ONCE ? head_dim - first
+                                                                : CHANNELS_AT_ONCE;
         uint64_t sums[CHANNELS_AT_ONCE] = {0};
         for (size_t begin = 0; begin < n_tokens;) {
             /* 256 tokens fit 16-bit sums, which are quick. */
@@ -165,8 +165,8 @@ subtract_offsets(uint8_t *coded, const uint8_t *offsets, size_t n_tokens, size_t
 {
     for (size_t token = 0; token < n_tokens; token++) {
         for (size_t channel = 0; channel < head_dim; channel++) {
-            out[token * head_dim + channel] =
-                (uint8_t)(coded[token * head_dim + channel] - offsets[channel]);
+            out[token * head_dim + channel] = (uint8_t)(coded[token * head_dim + channel] -
+                                                        offsets[channel]);
         }
     }
 }
@@ -214,10 +214,10 @@ encode_split(const krul_backend *backend, const krul_view *view, const exact_siz
     size_t overhead_bytes = has_offsets ? n_offsets : 0;
     size_t stream_bytes = 0;
     if (overhead_bytes < n_elements) {
-        KRUL_TRY(krul_entropy_encode_counted(
-            backend, has_offsets ? differences : coded, n_elements,
-            has_offsets ? difference_counts : counts, kept + sizes->kept_bytes + overhead_bytes,
-            n_elements - overhead_bytes - 1, &stream_bytes, err));
+        KRUL_TRY(krul_entropy_encode_counted(backend, has_offsets ? differences : coded, n_elements,
+                                             has_offsets ? difference_counts : counts,
+                                             kept + sizes->kept_bytes + overhead_bytes,
+                                             n_elements - overhead_bytes - 1, &stream_bytes, err));
     }
     if (stream_bytes != 0) {
         if (has_offsets) {
@@ -341,8 +341,8 @@ decode_split(const krul_backend *backend, const krul_view *view, const exact_siz
     krul_entropy_reader reader;
     uint8_t *symbols = NULL;
     size_t n_elements = sizes->n_elements;
-    KRUL_TRY(krul_entropy_reader_init(&reader, section->stream, section->stream_bytes, n_elements,
-                                      err));
+    KRUL_TRY(
+        krul_entropy_reader_init(&reader, section->stream, section->stream_bytes, n_elements, err));
     if (n_elements == 0) {
         goto done;
     }
@@ -362,8 +362,8 @@ decode_split(const krul_backend *backend, const krul_view *view, const exact_siz
     int64_t plane = -1;
     size_t at = 0;
     for (size_t chunk = 0; chunk < reader.n_chunks; chunk += CHUNKS_AT_ONCE) {
-        size_t n_chunks =
-            reader.n_chunks - chunk < CHUNKS_AT_ONCE ? reader.n_chunks - chunk : CHUNKS_AT_ONCE;
+        size_t n_chunks = reader.n_chunks - chunk < CHUNKS_AT_ONCE ? reader.n_chunks - chunk
+                                                                   : CHUNKS_AT_ONCE;
         KRUL_TRY(krul_entropy_reader_read(&reader, backend, chunk, n_chunks, symbols, err));
         size_t n_now = n_elements - at < at_once ? n_elements - at : at_once;
         for (size_t done_now = 0; done_now < n_now;) {

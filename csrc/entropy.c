@@ -189,8 +189,9 @@ encoder_init(const krul_entropy_table *table, krul_entropy_encoder_symbol encode
     for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
         uint32_t frequency = table->frequency[symbol];
         encoder[symbol] = (krul_entropy_encoder_symbol){
-            .reciprocal =
-                frequency == 0 ? 0 : ((uint64_t)1 << KRUL_ENTROPY_RECIPROCAL_BITS) / frequency + 1,
+            .reciprocal = frequency == 0
+                              ? 0
+                              : ((uint64_t)1 << KRUL_ENTROPY_RECIPROCAL_BITS) / frequency + 1,
             .limit = frequency << 20,
             .complement = (uint16_t)(WHOLE - frequency),
             .start = (uint16_t)start,
@@ -288,9 +289,9 @@ header_write(krul_entropy_mode mode, int chunk_bits, size_t table_bytes, size_t 
 }
 
 krul_status
-krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols, const uint64_t counts[256],
-                            uint8_t *out, size_t capacity_bytes, size_t *n_bytes_out,
-                            krul_error *err)
+krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols,
+                            const uint64_t counts[256], uint8_t *out, size_t capacity_bytes,
+                            size_t *n_bytes_out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     uint8_t *scratch = NULL;
@@ -335,8 +336,8 @@ krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols,
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
         size_t first = chunk * chunk_symbols;
         size_t n_here = n_symbols - first < chunk_symbols ? n_symbols - first : chunk_symbols;
-        const uint8_t *begin =
-            backend->entropy_encode_chunk(encoder, symbols + first, n_here, scratch + scratch_bytes);
+        const uint8_t *begin = backend->entropy_encode_chunk(encoder, symbols + first, n_here,
+                                                             scratch + scratch_bytes);
         size_t n_bytes = (size_t)(scratch + scratch_bytes - begin);
         if (n_bytes > capacity_bytes - chunks_start - chunks_bytes) {
             goto done;
@@ -362,8 +363,8 @@ krul_entropy_bound(size_t n_symbols)
 }
 
 krul_status
-krul_entropy_encode(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols, uint8_t *out, size_t capacity_bytes,
-                    size_t *n_bytes_out, krul_error *err)
+krul_entropy_encode(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols,
+                    uint8_t *out, size_t capacity_bytes, size_t *n_bytes_out, krul_error *err)
 {
     size_t bound = krul_entropy_bound(n_symbols);
     if (bound == 0 || capacity_bytes < bound) {
@@ -375,8 +376,8 @@ krul_entropy_encode(const krul_backend *backend, const uint8_t *symbols, size_t 
     krul_entropy_count(symbols, n_symbols, counts);
     size_t n_bytes;
     /* One byte less than raw, so that coding must pay. */
-    krul_status status =
-        krul_entropy_encode_counted(backend, symbols, n_symbols, counts, out, bound - 1, &n_bytes, err);
+    krul_status status = krul_entropy_encode_counted(backend, symbols, n_symbols, counts, out,
+                                                     bound - 1, &n_bytes, err);
     if (status != KRUL_STATUS_OK) {
         return status;
     }

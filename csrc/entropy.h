@@ -43,9 +43,9 @@ krul_entropy_slot(uint32_t frequency, uint32_t offset_in_symbol, uint32_t symbol
  * reciprocal is too large by at most frequency / 2^44 of itself and frequency^2 is below 2^24. */
 typedef struct krul_entropy_encoder_symbol {
     uint64_t reciprocal;
-    uint32_t limit;      /* frequency << 20; a state from here on sheds a word */
+    uint32_t limit; /* frequency << 20; a state from here on sheds a word */
     uint16_t complement; /* (1 << KRUL_ENTROPY_PROBABILITY_BITS) - frequency */
-    uint16_t start;      /* sum of the frequencies of lower symbols */
+    uint16_t start; /* sum of the frequencies of lower symbols */
 } krul_entropy_encoder_symbol;
 
 /* One chunk of an entropy stream, and where its symbols go. */
@@ -60,37 +60,34 @@ typedef struct krul_entropy_chunk {
 typedef struct krul_entropy_reader {
     krul_entropy_mode mode;
     size_t n_symbols;
-    size_t chunk_symbols;     /* of every chunk but the last */
-    size_t n_chunks;          /* raw and constant streams are cut alike, to look the same */
+    size_t chunk_symbols; /* of every chunk but the last */
+    size_t n_chunks; /* raw and constant streams are cut alike, to look the same */
     const uint8_t *directory; /* coded: where each chunk ends */
-    const uint8_t *bytes;     /* coded: the chunks; raw, constant: the symbols */
+    const uint8_t *bytes; /* coded: the chunks; raw, constant: the symbols */
     uint32_t slots[KRUL_ENTROPY_N_SLOTS];
 } krul_entropy_reader;
 
 /* How often each byte occurs. */
-void
-krul_entropy_count(const uint8_t *symbols, size_t n_symbols, uint64_t counts[256]);
+void krul_entropy_count(const uint8_t *symbols, size_t n_symbols, uint64_t counts[256]);
 
 /* Roughly the bytes that encoding symbols with these counts takes, if they are coded. */
-uint64_t
-krul_entropy_estimate(const uint64_t counts[256]);
+uint64_t krul_entropy_estimate(const uint64_t counts[256]);
 
 /* Encode symbols whose counts are known, if that takes at most capacity_bytes; else *n_bytes_out
  * is 0 and nothing is promised of `out`. */
-krul_status
-krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols,
-                            const uint64_t counts[256], uint8_t *out, size_t capacity_bytes,
-                            size_t *n_bytes_out, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols,
+                                        size_t n_symbols, const uint64_t counts[256], uint8_t *out,
+                                        size_t capacity_bytes, size_t *n_bytes_out,
+                                        krul_error *err) KRUL_MUST_CHECK;
 
 /* Parse a stream that must hold exactly n_symbols. Trusts nothing. */
-krul_status
-krul_entropy_reader_init(krul_entropy_reader *reader, const uint8_t *stream, size_t n_bytes,
-                         size_t n_symbols, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_reader_init(krul_entropy_reader *reader, const uint8_t *stream,
+                                     size_t n_bytes, size_t n_symbols,
+                                     krul_error *err) KRUL_MUST_CHECK;
 
 /* Decode the chunks [first_chunk, first_chunk + n_chunks) to symbols_out. */
-krul_status
-krul_entropy_reader_read(const krul_entropy_reader *reader, const krul_backend *backend,
-                         size_t first_chunk, size_t n_chunks, uint8_t *symbols_out,
-                         krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_reader_read(const krul_entropy_reader *reader, const krul_backend *backend,
+                                     size_t first_chunk, size_t n_chunks, uint8_t *symbols_out,
+                                     krul_error *err) KRUL_MUST_CHECK;
 
 #endif /* KRUL_ENTROPY_H */

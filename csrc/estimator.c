@@ -140,7 +140,9 @@ gather_tile(worker *self, int64_t tile)
             for (int64_t d = 0; d < head_dim; d++) {
                 packed[d * LANES + lane] = read_element(queries, offset + d);
             }
-            int64_t first = layer->row_starts == NULL ? 0 : layer->row_starts[row];
+            int64_t first = layer->row_starts == NULL
+                                ? 0
+                                : layer->row_starts[self->batch * shared->n_rows + row];
             first = krul_max_i64(first, shared->first_real[self->batch]);
             self->lane_first[m * LANES + lane] = (int32_t)first;
             self->range_start[m] = krul_min_i64(self->range_start[m], first);
@@ -492,12 +494,16 @@ check_layer(const krul_estimator_layer *layer, int32_t index, const krul_view *r
                          "softcap at least 0",
                          (int)index, (double)layer->scaling, (double)layer->softcap);
     }
-    for (int64_t r = 0; layer->row_starts != NULL && r < n_rows; r++) {
-        if (layer->row_starts[r] < 0 || layer->row_starts[r] > row_positions[r]) {
-            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                             "row_starts[%lld] of layer %d is %lld but the row is at position %lld",
-                             (long long)r, (int)index, (long long)layer->row_starts[r],
-                             (long long)row_positions[r]);
+    int64_t n_starts = layer->row_starts == NULL ? 0 : queries->shape[0] * n_rows;
+    for (int64_t i = 0; i < n_starts; i++) {
+        int64_t position = row_positions[i % n_rows];
+        if (layer->row_starts[i] < 0 || layer->row_starts[i] > position) {
+            return krul_fail(
+                err, KRUL_STATUS_BAD_VALUE,
+                "row_starts[%lld, %lld] of layer %d is %lld but the row is at position "
+                "%lld",
+                (long long)(i / n_rows), (long long)(i % n_rows), (int)index,
+                (long long)layer->row_starts[i], (long long)position);
         }
     }
 done:

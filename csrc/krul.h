@@ -210,8 +210,8 @@ typedef struct krul_estimator_layer {
     float scaling;     /* of the dot products, usually head_dim ** -0.5 */
     float softcap;     /* tanh cap on the scores, 0 for none */
     const float *sinks;        /* n_heads logits that take part in the softmax only, or NULL */
-    const int64_t *row_starts; /* n_rows positions, the first that each row sees (sliding windows,
-                                * chunks), or NULL for 0 */
+    const int64_t *row_starts; /* n_batch x n_rows positions, the first that each row sees (sliding
+                                * windows, chunks), or NULL for 0 */
     int64_t key_start;         /* position of keys[0]; above 0 for a sliding window's tail */
 } krul_estimator_layer;
 

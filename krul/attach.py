@@ -134,8 +134,8 @@ class _PerThread(threading.local):
     """What a thread has under way on one model."""
 
     def __init__(self) -> None:
-        # Caches whose estimator was pushed for a forward pass, innermost last.
-        self.caches: list[Cache] = []
+        # Estimators pushed for the forward pass under way.
+        self.n_observed = 0
         # Whether generate() runs a method that feeds cached tokens again at first.
         self.is_refeeding = False
 
@@ -238,6 +238,8 @@ class _Attachment:
         cache = self._cache_of(args, kwargs)
         if cache is None:
             return None
+        # A forward pass that an interrupt tore off has left these behind.
+        self._stop_observed(is_failed=True)
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         _refuse_other_inputs(named)
         cache._settle()
@@ -247,7 +249,7 @@ class _Attachment:
             from . import observe
 
             observe.push(cache.estimator, self.observer, n_past=cache.get_seq_length())
-            self.per_thread.caches.append(cache)
+            self.per_thread.n_observed += 1
         return ((), named) if is_changed else None
 
     @torch.compiler.disable
@@ -257,13 +259,15 @@ class _Attachment:
         cache = self._cache_of(args, kwargs)
         if cache is None:
             return
-        under_way = self.per_thread.caches
-        if under_way and under_way[-1] is cache:
-            under_way.pop()
+        self._stop_observed(is_failed=output is None)
+        cache.end_feed(is_failed=output is None)
+
+    def _stop_observed(self, is_failed: bool) -> None:
+        while self.per_thread.n_observed > 0:
             from . import observe
 
-            observe.pop(is_failed=output is None)
-        cache.end_feed(is_failed=output is None)
+            self.per_thread.n_observed -= 1
+            observe.pop(is_failed=is_failed)
 
     # -- around generate() --
 

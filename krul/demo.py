@@ -394,7 +394,10 @@ def to_text(result: DemoResult) -> str:
             f"{result.bf16_bytes / result.stored_bytes:.2f}x",
         ),
     ]
-    lines = [f"history: {result.n_history_tokens:,} tokens, {result.bf16_bytes:,} bytes as bf16", ""]
+    lines = [
+        f"history: {result.n_history_tokens:,} tokens, {result.bf16_bytes:,} bytes as bf16",
+        "",
+    ]
     lines += [f"{row[0]:<24}{row[1]:>14}{row[2]:>14}{row[3]:>14}" for row in rows]
     lines += [
         "",

@@ -235,9 +235,13 @@ class Estimator:
             this pass is not observed.
         """
         forward = self._forward
-        if forward is None or layer <= forward.last_layer or n_queries != forward.n_queries:
-            if forward is not None and len(forward.layers) >= max(1, self._n_complete):
-                self.finish()
+        is_again = forward is not None and layer == forward.last_layer and layer in forward.layers
+        if forward is not None and not is_again:
+            if layer <= forward.last_layer or n_queries != forward.n_queries:
+                if len(forward.layers) >= self._n_complete:
+                    self.finish()
+                forward = None
+        if forward is None:
             forward = self._forward = self._plan(n_queries)
         forward.last_layer = layer
         return forward.rows
@@ -270,7 +274,7 @@ class Estimator:
         visible: np.ndarray | None = None,
         pre_rotary: Any = None,
     ) -> None:
-        """Take the picked queries of one layer; keys are borrowed until the pass ends.
+        """Take the picked queries of one layer; keys are borrowed until the pass is finished.
 
         Parameters
         ----------
@@ -306,6 +310,8 @@ class Estimator:
             raise ShapeError(f"layer {layer} was collected but no rows were picked")
         if not 0 <= layer < self.n_layers:
             raise ShapeError(f"layer is {layer} but there are {self.n_layers} layers")
+        if layer in forward.layers:  # a module that calls its attention twice with the same queries
+            return
         n_batch, n_heads, _, head_dim = queries.shape
         is_whole = len(forward.rows) == forward.n_queries
         picked = queries if is_whole else queries[:, :, forward.rows]
@@ -330,13 +336,11 @@ class Estimator:
             visible,
             pre_rotary,
         )
-        if layer == self.n_layers - 1:
-            self.finish()
 
     def finish(self) -> None:
         """End the forward pass: compute the rows of all collected layers and add their sums.
 
-        Without collected layers nothing happens.
+        The first layer of the next pass does it too. Without collected layers nothing happens.
         """
         forward, self._forward = self._forward, None
         n_past, self._n_past = self._n_past, None
@@ -366,17 +370,12 @@ class Estimator:
             self.n_threads,
         )
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no forward pass is under way."""
-        return self._forward is None
-
     def abandon(self, reason: str | None = None) -> None:
         """Give the forward pass under way up, with a reason for `Similarity.skipped` if any."""
         self._forward = None
         self._n_past = None
-        if reason is not None and reason not in self._reasons:
-            self._reasons.append(reason)
+        if reason is not None:
+            self._note(reason)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget the mass that tokens from `n_tokens` on received: they left the cache.
@@ -391,11 +390,14 @@ class Estimator:
     def result(self) -> Similarity:
         """Add the sums of prompts and of generated tokens, and return what they tell.
 
+        A forward pass under way is finished first.
+
         Returns
         -------
         Similarity
             Arrays of its own; the estimator can go on.
         """
+        self.finish()
         prefill, decode = self._prefill, self._decode
         n_rows = float(prefill.n_rows[0] + decode.n_rows[0])
         received = np.zeros((self.n_layers, self.n_tokens), np.float32)
@@ -425,6 +427,10 @@ class Estimator:
             skipped="; ".join(self._reasons) or None,
         )
 
+    def _note(self, reason: str) -> None:
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+
     # -- parts of finish ---------------------------------------------------------------------
 
     def _describe(
@@ -440,16 +446,16 @@ class Estimator:
         for seen in masks.values():
             _mark_padding(is_real, seen, positions)
         starts: dict[tuple[int, int | None], np.ndarray | None] = {}
+        refused: set[tuple[int, int | None]] = set()
         for layer, seen in forward.layers.items():
             key_start = n_tokens - seen.keys.shape[2]
             key = (id(seen.visible), seen.window)
             if key not in starts:
                 starts[key] = _row_starts(seen, positions, key_start)
                 if not _explains(seen, starts[key], positions, key_start, is_real):
-                    starts[key] = np.full(1, -1)
-                    self._reasons.append("a mask is not causal with a window and padding")
-            row_starts = starts[key]
-            if row_starts is not None and row_starts[0] < 0:
+                    refused.add(key)
+                    self._note("an attention mask is not causal with a window and padding")
+            if key in refused:
                 continue
             layers[layer] = (
                 seen.queries,
@@ -457,7 +463,7 @@ class Estimator:
                 seen.scaling,
                 seen.softcap,
                 seen.sinks,
-                row_starts,
+                starts[key],
                 key_start,
             )
         return layers, None if is_real.all() else is_real
@@ -543,11 +549,13 @@ def _row_starts(seen: _Seen, positions: np.ndarray, key_start: int) -> np.ndarra
     """First position that each row sees, by the mask or else by the window."""
     if seen.visible is not None:
         first = key_start + seen.visible.argmax(2)
-        first = np.where(seen.visible.any(2), first, positions[None]).min(0)
-        return np.ascontiguousarray(np.minimum(first, positions), np.int64)
-    if seen.window is None:
+        first = np.where(seen.visible.any(2), np.minimum(first, positions), positions)
+    elif seen.window is not None:
+        first = np.maximum(positions - seen.window + 1, 0)
+    else:
         return None
-    return np.maximum(positions - seen.window + 1, 0)
+    shape = (seen.queries.shape[0], len(positions))
+    return np.ascontiguousarray(np.broadcast_to(first, shape), np.int64)
 
 
 def _explains(
@@ -562,9 +570,9 @@ def _explains(
         return True
     n_keys = seen.visible.shape[2]
     keys = key_start + np.arange(n_keys)
-    causal = (keys[None] <= positions[:, None]) & (keys[None] >= row_starts[:, None])
+    causal = (keys <= positions[:, None]) & (keys >= row_starts[:, :, None])
     real_rows = is_real[:, positions].astype(bool)
-    expected = causal[None] & is_real[:, None, key_start:].astype(bool) & real_rows[:, :, None]
+    expected = causal & is_real[:, None, key_start:].astype(bool) & real_rows[:, :, None]
     return bool((expected == (seen.visible & real_rows[:, :, None])).all())
 
 

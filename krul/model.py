@@ -637,10 +637,7 @@ def _observe(
     model: torch.nn.Module, decoder: torch.nn.Module, ids: torch.Tensor, wanted: set[int]
 ) -> str | None:
     """Say which layers' queries cannot be seen."""
-    try:
-        from . import observe
-    except ImportError:
-        return None
+    from . import observe
 
     try:
         with observe.watch(model) as seen:
@@ -870,6 +867,10 @@ def _resident(module: torch.nn.Module, name: str, full_name: str) -> torch.Tenso
     )
 
 
+# What the output embeddings are called here, whatever their name in the model.
+_HEAD = "head"
+
+
 def _group(name: str) -> str:
     """Return the part of the model that a parameter belongs to: ``model.layers.3``, ``lm_head``."""
     words = name.split(".")
@@ -933,11 +934,15 @@ def _exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
     """
     modules = list(model.named_modules())
     adapters = _adapters(modules)
+    # Releases of transformers have renamed it: embed_out became lm_head.
+    head = model.get_output_embeddings()
     rows: list[tuple[str, str, torch.Tensor]] = []  # group, name, tensor
     seen: set[int] = set()
     dtypes: set[str] = set()
     is_packed = False
     for path, module in modules:
+        if module is head:
+            path = _HEAD
         transient = module._non_persistent_buffers_set
         for tensors in (module._parameters, module._buffers):
             for local_name, tensor in tensors.items():

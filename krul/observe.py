@@ -116,7 +116,8 @@ class _Watch:
         self.estimator = estimator
         self.model = model
         self.unrotated: torch.Tensor | None = None
-        self.masks: dict[int, tuple[Any, np.ndarray | None]] = {}
+        self.last_layer = -1
+        self.masks: dict[int, tuple[Any, np.ndarray]] = {}
 
     def see(
         self,
@@ -140,7 +141,7 @@ class _Watch:
             with torch.no_grad():
                 self._collect(layer, file, module, queries, keys, mask, arguments, unrotated)
         except Exception as error:  # the model must run on, whatever it hands to its attention
-            self.estimator.abandon(f"layer {layer}: {error}")
+            self.estimator.abandon(str(error))
             self.masks.clear()
 
     def _collect(
@@ -154,6 +155,9 @@ class _Watch:
         arguments: dict[str, Any],
         unrotated: torch.Tensor | None,
     ) -> None:
+        if layer < self.last_layer:
+            self.masks.clear()  # they were another pass's
+        self.last_layer = layer
         rows = self.estimator.pick_rows(layer, queries.shape[2])
         if rows is None:
             return
@@ -184,8 +188,6 @@ class _Watch:
             visible=self._visible(mask, rows, queries.shape[2], keys.shape[2]),
             pre_rotary=before,
         )
-        if self.estimator.is_idle:
-            self.masks.clear()
 
     def _visible(
         self, mask: Any, rows: np.ndarray, n_queries: int, n_keys: int
@@ -213,7 +215,7 @@ class _Watch:
 
 def _read_mask(
     mask: Any, rows: np.ndarray, n_queries: int, n_keys: int
-) -> np.ndarray | None:
+) -> np.ndarray:
     if not isinstance(mask, torch.Tensor):
         raise UnsupportedModelError(f"the attention mask is a {type(mask).__name__}")
     if mask.dim() == 2:  # padding only, as flash attention takes it
@@ -461,7 +463,6 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[int, ...]] = {}
-        self.is_idle = False
 
     def begin(self, n_past: int | None = None) -> None:
         pass

@@ -75,6 +75,7 @@ class Source:
 
     def __init__(self, conversation: ConversationFiles, manifest: Manifest, n_threads: int) -> None:
         self.manifest, self.n_threads = manifest, n_threads
+        self._path = conversation.path
         self.problems: list[str] = []
         self._restore: _core.Restore | None = None
         self._counts: dict[str, float] = {}
@@ -190,7 +191,10 @@ class Source:
             A block of the layer is damaged or could not be read; or the source was closed before.
         """
         assert self._restore is not None
-        self._restore.wait(layer)
+        try:
+            self._restore.wait(layer)
+        except CorruptionError as error:
+            raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
 
     def is_done(self, layer: int) -> bool:
         """Whether `wait` would return or raise at once."""
@@ -357,7 +361,9 @@ def _stored_fingerprint(manifest: Manifest) -> models.Fingerprint:
 def _read_manifest(conversation: ConversationFiles) -> tuple[Manifest | None, str]:
     try:
         return conversation.read_manifest(), ""
-    except CorruptionError as error:
+    except (CorruptionError, FormatError) as error:
+        if conversation.has_later_version():
+            raise
         problem = f"the conversation cannot be read and starts empty: {error}"
         warnings.warn(problem, RuntimeWarning, stacklevel=4)
         return None, problem

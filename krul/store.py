@@ -216,6 +216,14 @@ class ConversationFiles:
         self._manifest = manifest
         return manifest
 
+    def has_later_version(self) -> bool:
+        """Whether the manifest is whole, but of a version of the format not known here."""
+        directory_fd = _open_directory(self.path)
+        try:
+            return self._has_later_version(directory_fd)
+        finally:
+            os.close(directory_fd)
+
     def open_segment(
         self, info: SegmentInfo, manifest: Manifest | None = None
     ) -> tuple[int, list[Entry]]:

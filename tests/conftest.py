@@ -1,4 +1,4 @@
-"""What every test runs under: hypothesis profiles, seeds, two threads, no network."""
+"""What every test runs under: hypothesis profiles, seeds, one thread, no network."""
 
 import importlib.metadata
 import os
@@ -11,8 +11,9 @@ import hypothesis
 import numpy
 import pytest
 
-# Set before torch is imported by any test, and inherited by the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch is imported by any test, and inherited by the processes that tests start. One
+# thread: the models are tiny, and waiting for a second one takes longer than their whole work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

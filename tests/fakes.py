@@ -1,4 +1,4 @@
-"""Stand-ins for a store: a restore whose every step the test decides, and a save that only notes."""
+"""Stand-ins for a store: a restore whose steps the test decides, and a save that only notes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _initial_arguments(layer: Any) -> tuple[torch.Tensor, ...]:
 
 
 class FakeSave(types.ModuleType):
-    """Takes the place of `krul.save`: keeps what it was given, and can be made to dawdle or fail."""
+    """Takes the place of `krul.save`: keeps what it was given; can be made to dawdle or fail."""
 
     def __init__(self) -> None:
         super().__init__("krul.save")

@@ -27,6 +27,7 @@ __all__ = [
     "draw",
     "is_available",
     "is_refused",
+    "rope",
     "tiny",
     "token_ids",
     "workable",
@@ -37,6 +38,14 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCABULARY = 128
 N_LAYERS = 4
 WINDOW = 8
+
+
+def rope(base: float) -> dict[str, Any]:
+    """Return how the installed transformers wants to be told a rotary base."""
+    if VERSION < (5, 0):
+        return {"rope_theta": base}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
+
 
 _PLAIN: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -83,7 +92,7 @@ WORKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"sliding_window": None}),
     "olmo": ("OlmoConfig", {}),
     "olmo2": ("Olmo2Config", {}),
-    "cohere": ("CohereConfig", {}),
+    "cohere": ("CohereConfig", rope(10_000.0)),
     "granite": ("GraniteConfig", {}),
     "gemma": ("GemmaConfig", {}),
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
@@ -106,7 +115,7 @@ WORKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _MULTI),
     "gpt2": ("GPT2Config", {}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "persimmon": ("PersimmonConfig", _MULTI),
+    "persimmon": ("PersimmonConfig", {**_MULTI, **rope(10_000.0)}),
     "biogpt": ("BioGptConfig", {}),
     "gpt_bigcode": ("GPTBigCodeConfig", {}),
     "falcon": (
@@ -180,13 +189,16 @@ WORKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 16},
     ),
-    "olmo3": ("Olmo3Config", {"sliding_window": WINDOW, "layer_types": _MIXED}),
+    "olmo3": (
+        "Olmo3Config",
+        {"sliding_window": WINDOW, "layer_types": _MIXED, **rope(10_000.0)},
+    ),
     "cohere2": ("Cohere2Config", {"sliding_window": WINDOW, "layer_types": _MIXED}),
     "exaone4": ("Exaone4Config", {"sliding_window": WINDOW, "layer_types": _MIXED}),
     "gpt_oss": ("GptOssConfig", {**_LOCAL, "sliding_window": WINDOW, "layer_types": _MIXED}),
     "modernbert_decoder": (
         "ModernBertDecoderConfig",
-        {"local_attention": WINDOW, "sliding_window": WINDOW, "layer_types": _MIXED},
+        {"local_attention": 2 * WINDOW, "sliding_window": WINDOW, "layer_types": _MIXED},
     ),
     "llama4": (
         "Llama4TextConfig",

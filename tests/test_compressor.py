@@ -382,7 +382,9 @@ def test_strided_views(codec, dtype, backend):
         inside.append(big[:, :, 20:90, 8:88])
         swapped.append(array.transpose(1, 2).contiguous().transpose(1, 2))
     for views in (inside, swapped):
-        assert encode(codec, KEY, *views, backend=backend) == (payload, used, error, power)
+        again = encode(codec, KEY, *views, backend=backend)
+        assert again[:2] == (payload, used)
+        assert again[2:] == pytest.approx((error, power), rel=1e-12)  # summed row by row
     wanted = decode(used, KEY, payload, arrays[0], len(arrays), backend)
     for view in inside:
         view.fill_(3.0)
@@ -590,7 +592,7 @@ REFUSED_DECODING = [
     (
         (4, 0, bytes(64), (SHARED_MEMORY[:32].reshape(4, 8), SHARED_MEMORY[8:].reshape(4, 8))),
         ValueError,
-        r"views\[0\].*views\[1\]",
+        r"views\[1\] may share memory with views\[0\]",
     ),
     (
         (2, 0, bytes(64), (np.lib.stride_tricks.as_strided(SHARED_MEMORY, (4, 8), (4, 4)),)),
@@ -658,6 +660,7 @@ def test_references_are_given_back():
         for job in ((2, KEY, b"", (good,)), (2, 7, payload, (good,)), (4, 0, payload, (good, 3))):
             with pytest.raises((ValueError, TypeError)):
                 _core.decode_blocks([job], 1)
+        del job
     assert (sys.getrefcount(good), sys.getrefcount(payload)) == before
 
 

@@ -104,7 +104,7 @@ def test_three_turns_say_what_a_model_without_history_says(model, way):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
 def test_two_turns_give_the_same_logits_as_a_dynamic_cache(name, implementation):
     model = model_of(name, implementation)
     options = {"return_dict_in_generate": True, "output_logits": True}
@@ -170,8 +170,6 @@ def test_an_assistant_model(name, n_history):
         if n_history:
             cache, said = filled(model, n_history)
             ids = more(said)
-        if any(cache.is_sliding) and TRANSFORMERS < (5, 23):
-            pytest.skip("this transformers cannot: assisted decoding over a window that moved on")
         n_before = cache.n_tokens
         got = generate(model, ids, cache, assistant_model=assistant, n_new=10)
         assert torch.equal(got, fresh(model, ids, n_new=10))
@@ -319,7 +317,7 @@ def test_use_cache_false_is_refused(llama, where, monkeypatch):
         options["generation_config"] = transformers.GenerationConfig(
             use_cache=False, max_new_tokens=6
         )
-    with pytest.raises(ValueError, match="use_cache is False but past_key_values is a krul.Cache"):
+    with pytest.raises(ValueError, match="use_cache is False but past_key_values is"):
         generate(llama, more(said), cache, **options)
     assert cache.n_tokens == 25
 
@@ -394,13 +392,13 @@ def test_rows_that_do_not_fit_are_refused(llama):
 def test_a_failing_generate_leaves_a_cache_that_can_go_on(llama):
     cache, said = filled(llama)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def fail(*_):
-        raise Stop
+        raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         generate(llama, more(said), cache, num_beams=3, prefix_allowed_tokens_fn=fail)
     ids = more(said)
     assert torch.equal(generate(llama, ids, cache), fresh(llama, ids))

@@ -31,6 +31,7 @@ NOT_OBSERVED_BEFORE = {
     "codegen": None,
     "mpt": None,
     "xglm": None,
+    "doge": None,  # its mask carries a learned bias
     "nemotron": (5, 5),
     "diffllama": (5, 5),
     "stablelm": (5, 0),
@@ -341,16 +342,9 @@ def test_non_contiguous_parameter(llama):
     assert ask.fingerprint(model).exact == ask.fingerprint(llama).exact
 
 
-def rope_base(value):
-    """Return the configuration's spelling of a rotary base in either release."""
-    if models.VERSION >= (5, 0):
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
-    return {"rope_theta": value}
-
-
 def test_other_rotary_base_shows_in_behaviour_alone():
-    stored = ask.fingerprint(models.tiny("llama", **rope_base(10_000.0)))
-    present = ask.fingerprint(models.tiny("llama", **rope_base(100_000.0)))
+    stored = ask.fingerprint(models.tiny("llama", **models.rope(10_000.0)))
+    present = ask.fingerprint(models.tiny("llama", **models.rope(100_000.0)))
     assert stored.exact == present.exact
     words = refusal(stored, present)
     assert "behaviour differs: distance" in words

@@ -100,7 +100,7 @@ PyDoc_STRVAR(entropy_decode_doc, "entropy_decode($module, stream, n_symbols, /, 
 "\n"
 "Raises\n"
 "------\n"
-"krul.CorruptError\n"
+"krul.CorruptionError\n"
 "    If the stream is damaged or holds another number of symbols.\n"
 "ValueError\n"
 "    If `n_symbols` is negative or there is no such backend.\n"

@@ -123,8 +123,8 @@ take_layer(py_krul_state *state, observe_call *call, Py_ssize_t index, PyObject 
     }
     if (row_starts != Py_None) {
         PyOS_snprintf(name, sizeof name, "row_starts of layer %zd", index);
-        npy_intp shape[1] = {n_rows};
-        layer->row_starts = array_data(state, row_starts, name, NPY_INT64, 1, shape, 0);
+        npy_intp shape[2] = {(npy_intp)queries->view.shape[0], n_rows};
+        layer->row_starts = array_data(state, row_starts, name, NPY_INT64, 2, shape, 0);
         if (layer->row_starts == NULL) {
             return -1;
         }

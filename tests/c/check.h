@@ -9,8 +9,8 @@ static int check_n_passed, check_n_failed;
 /* A test goes on after a failure, so that one run shows all of them. */
 #define CHECK(condition)                                                                           \
     ((condition) ? (void)check_n_passed++                                                          \
-                 : (void)(check_n_failed++, fprintf(stderr, "%s:%d: failed: %s\n", __FILE__,       \
-                                                    __LINE__, #condition)))
+                 : (void)(check_n_failed++,                                                        \
+                          fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition)))
 
 /* The value for main to return. */
 static inline int

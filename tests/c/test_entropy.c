@@ -163,8 +163,8 @@ test_table(void)
 int
 main(void)
 {
-    static const size_t sizes[] = {0, 1, 2, 3, 31, 32, 33, 257, 1000, 32767, 32768, 32769,
-                                   65536 + 5, MAX_SYMBOLS};
+    static const size_t sizes[] = {0,   1,    2,     3,     31,    32,        33,
+                                   257, 1000, 32767, 32768, 32769, 65536 + 5, MAX_SYMBOLS};
     symbols = malloc(MAX_SYMBOLS);
     decoded = malloc(MAX_SYMBOLS);
     stream = malloc(krul_entropy_bound(MAX_SYMBOLS));

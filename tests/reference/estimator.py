@@ -55,8 +55,9 @@ def visible(row_positions, row_starts, key_start, n_keys, key_is_real, n_batch):
     positions = key_start + np.arange(n_keys)
     seen = positions[None] <= row_positions[:, None]
     if row_starts is not None:
-        seen &= positions[None] >= np.asarray(row_starts)[:, None]
-    seen = np.repeat(seen[None], n_batch, 0)
+        row_starts = np.atleast_2d(row_starts)  # one for all batch entries, or one for each
+        seen = seen[None] & (positions >= row_starts[:, :, None])
+    seen = np.broadcast_to(seen, (n_batch, *seen.shape[-2:])).copy()
     if key_is_real is not None:
         key_is_real = np.asarray(key_is_real, bool)
         seen &= key_is_real[:, None, key_start : key_start + n_keys]

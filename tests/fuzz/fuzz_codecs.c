@@ -1,0 +1,147 @@
+/* fuzz_codecs.c - any bytes as a payload, for every codec, tensor, dtype and shape: decoded or
+ * refused, never a byte outside the output, and the same by every backend.
+ *
+ * The first eight bytes of an input choose what is decoded; tests/data/make.py writes seeds in the
+ * same form. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "krul.h"
+
+enum {
+    AT_CODEC = 0, /* 0: an entropy stream; else a krul_codec */
+    AT_KV = 1,
+    AT_DTYPE = 2,
+    AT_N_BATCH = 3,
+    AT_N_HEADS = 4,
+    AT_N_TOKENS = 5,
+    AT_HEAD_DIM = 6,
+    AT_WANTED = 7, /* which of two views are decoded; bit 2: `exact` of a pair */
+    CHOICE_BYTES = 8,
+    MAX_N_TOKENS = 140,
+    MAX_HEAD_DIM = 136,
+};
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes);
+
+static void
+need(bool is_true)
+{
+    if (!is_true) {
+        abort();
+    }
+}
+
+/* A decoder may find damage, a length that no stream has, or nothing wrong: no other failure. */
+static void
+need_known(krul_status status, const krul_error *err)
+{
+    need(status == KRUL_STATUS_OK || status == KRUL_STATUS_CORRUPT ||
+         status == KRUL_STATUS_BAD_FORMAT);
+    need(status == KRUL_STATUS_OK || (err->status == status && err->message[0] != '\0'));
+}
+
+static void
+fuzz_entropy(const uint8_t *bytes, size_t n_bytes)
+{
+    size_t n_symbols = (size_t)bytes[AT_N_TOKENS] << 8 | bytes[AT_HEAD_DIM];
+    uint8_t *first = NULL;
+    krul_status first_status = KRUL_STATUS_OK;
+    for (int i = 0; i < krul_backend_count(); i++) {
+        const krul_backend *backend = krul_backend_at(i);
+        if (!krul_backend_is_usable(backend)) {
+            continue;
+        }
+        uint8_t *symbols = malloc(n_symbols + 1);
+        need(symbols != NULL);
+        symbols[n_symbols] = 0xa5;
+        krul_error err = {0};
+        krul_status status = krul_entropy_decode(backend, bytes + CHOICE_BYTES,
+                                                 n_bytes - CHOICE_BYTES, symbols, n_symbols, &err);
+        need_known(status, &err);
+        need(symbols[n_symbols] == 0xa5);
+        if (first == NULL) {
+            first = symbols;
+            first_status = status;
+            continue;
+        }
+        need(status == first_status);
+        need(status != KRUL_STATUS_OK || memcmp(symbols, first, n_symbols) == 0);
+        free(symbols);
+    }
+    free(first);
+}
+
+static void
+fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
+{
+    krul_dtype dtype = (krul_dtype)(bytes[AT_DTYPE] % 3 + 1);
+    krul_kv kv = (krul_kv)(bytes[AT_KV] % 2);
+    int64_t shape[KRUL_VIEW_DIMS] = {bytes[AT_N_BATCH] % 2 + 1, bytes[AT_N_HEADS] % 3 + 1,
+                                     bytes[AT_N_TOKENS] % MAX_N_TOKENS + 1,
+                                     bytes[AT_HEAD_DIM] % MAX_HEAD_DIM + 1};
+    int n_views = krul_codec_n_layers(codec);
+    if (codec == KRUL_CODEC_EXACT && (bytes[AT_WANTED] & 4) != 0) {
+        n_views = 2;
+    }
+    size_t view_bytes = (size_t)(shape[0] * shape[1] * shape[2] * shape[3]) *
+                        krul_dtype_bytes(dtype);
+    uint8_t *first = NULL;
+    krul_status first_status = KRUL_STATUS_OK;
+    for (int i = 0; i < krul_backend_count(); i++) {
+        const krul_backend *backend = krul_backend_at(i);
+        if (!krul_backend_is_usable(backend)) {
+            continue;
+        }
+        /* One allocation per view would be freed and made anew; two halves of one are enough, since
+         * a write past the first half changes the comparison below. */
+        uint8_t *data = calloc((size_t)n_views, view_bytes);
+        need(data != NULL);
+        krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+        for (int j = 0; j < n_views; j++) {
+            bool is_wanted = n_views == 1 || (bytes[AT_WANTED] >> j & 1) == 0;
+            views[j] = (krul_view){
+                .data = is_wanted ? data + (size_t)j * view_bytes : NULL,
+                .dtype = dtype,
+                .device_type = KRUL_DEVICE_CPU,
+                .shape = {shape[0], shape[1], shape[2], shape[3]},
+                .stride = {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1},
+            };
+        }
+        krul_error err = {0};
+        krul_status status = krul_compressor_decode(backend, codec, kv, bytes + CHOICE_BYTES,
+                                                    n_bytes - CHOICE_BYTES, views, n_views, &err);
+        need_known(status, &err);
+        for (int j = 0; j < n_views; j++) {
+            /* What was not wanted is not touched. */
+            for (size_t k = 0; views[j].data == NULL && k < view_bytes; k++) {
+                need(data[(size_t)j * view_bytes + k] == 0);
+            }
+        }
+        if (first == NULL) {
+            first = data;
+            first_status = status;
+            continue;
+        }
+        need(status == first_status);
+        need(status != KRUL_STATUS_OK || memcmp(data, first, view_bytes * (size_t)n_views) == 0);
+        free(data);
+    }
+    free(first);
+}
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes)
+{
+    if (n_bytes < CHOICE_BYTES) {
+        return 0;
+    }
+    int choice = bytes[AT_CODEC] % (KRUL_CODEC_SHARE_INT4 + 1);
+    if (choice == 0) {
+        fuzz_entropy(bytes, n_bytes);
+    }
+    else {
+        fuzz_codec(bytes, n_bytes, (krul_codec)choice);
+    }
+    return 0;
+}
