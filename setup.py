@@ -1,8 +1,8 @@
 """Build krul._core; everything that is not code stands in pyproject.toml.
 
 Switches, read from the environment: ``KRUL_SANITIZE`` (a list for ``-fsanitize=``),
-``KRUL_WERROR=1`` (warnings are errors), ``KRUL_COVERAGE=1`` (count lines for gcov). Each variant has
-a build directory of its own, so that none packs the objects of another.
+``KRUL_WERROR=1`` (warnings are errors), ``KRUL_COVERAGE=1`` (count lines for gcov). Each variant
+has a build directory of its own, so that none packs the objects of another.
 """
 
 import os
@@ -34,6 +34,7 @@ class VariantBuild(build):
     """Keep the objects of each variant in ``build/<variant>``."""
 
     def initialize_options(self):
+        """Choose the folder before the command line does."""
         super().initialize_options()
         self.build_base = os.path.join("build", VARIANT or "plain")
 

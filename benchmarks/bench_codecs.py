@@ -1,9 +1,10 @@
-"""What does each codec cost in quality, and what does it save? Three kinds of real text, 1k and 3k.
+"""What each codec costs in quality and saves in bytes, on three kinds of real text, 1k and 3k.
 
 The model computes in float32 and its K/V are kept as bfloat16; after N tokens they are encoded and
 decoded block by block, as a save and a restore would; then 128 further tokens are scored over the
-decoded cache and over the exact one. The first 4 tokens stay exact and are counted. Sharing is measured with the paper's pairs, chosen for the
-very text from observed attention, and with fixed adjacent pairs, at the same number of pairs.
+decoded cache and over the exact one. The first 4 tokens stay exact and are counted. Sharing is
+measured with the paper's pairs, chosen for the very text from observed attention, and with fixed
+adjacent pairs, at the same number of pairs.
 
     python -m benchmarks.bench_codecs [--json FILE] [--quick] [--texts python|debian]
 """
@@ -103,7 +104,7 @@ class Bench:
         return out.logits[0].log_softmax(-1)
 
     def read(self, ids: torch.Tensor) -> tuple[KeysAndValues, Pairs]:
-        """Read a history under krul's eyes: its K/V, and the pairs that the paper's rule chooses."""
+        """Read a history under krul's eyes: its K/V, and the pairs by the paper's rule."""
         ratio = 1 - N_PAIRS / self.model.config.num_hidden_layers
         settings = krul.Settings(codec="share", share_ratio=ratio, guard_tokens=0)
         with (
@@ -205,9 +206,9 @@ def main() -> int:
     bench.rows.sort(key=lambda row: row["n_tokens"])
     bench.add_means()
     notes = [
-        f"SmolLM2-135M-Instruct in float32, K/V kept as bfloat16; {N_SCORED} tokens scored after the history; first "
-        f"{KEEP_FIRST} tokens exact. Bytes are those of the blocks; the max of a mean row is the "
-        "largest of all.",
+        f"SmolLM2-135M-Instruct in float32, K/V kept as bfloat16; {N_SCORED} tokens scored after "
+        f"the history; first {KEEP_FIRST} tokens exact. Bytes are those of the blocks; the max of "
+        "a mean row is the largest of all.",
         f"Texts ({options.texts}), by SHA-256: {', '.join(digests)}.",
         f"Sharing pairs {N_PAIRS} of {bench.model.config.num_hidden_layers} layers; the others are "
         "coded exact, int8 and int4.",

@@ -1,4 +1,4 @@
-"""How long does a chat wait for its first token after a pause, and what was kept meanwhile?
+"""How long a chat waits for its first token after a pause, and what was kept meanwhile.
 
 For each length of history: reading it all again; a cache that never left memory; the cache saved
 with torch.save, with safetensors, as transformers' own quantised cache; krul with each codec. Every
@@ -112,6 +112,7 @@ class Bench:
         return transformers.DynamicCache(config=self.model.config)
 
     def from_tensors(self, tensors: dict[str, torch.Tensor]) -> Any:
+        """Return transformers' own cache of these tensors."""
         cache = self.empty()
         for layer in range(len(tensors) // 2):
             cache.update(tensors[f"{layer}.keys"], tensors[f"{layer}.values"], layer)
@@ -131,7 +132,7 @@ def _drop_from_page_cache(files: tuple[Path, ...]) -> None:
 
 
 def _quantised(bench: Bench, tensors: dict[str, torch.Tensor], folder: Path) -> Way:
-    """Transformers' quantised cache, saved and loaded with torch as the plain one is."""
+    """Take transformers' quantised cache, saved and loaded with torch as the plain one is."""
     from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
     name = "transformers' quantised cache, 4 bit"

@@ -1,7 +1,7 @@
-"""What every benchmark shares: timing, the machine's description, results as JSON, tables from it.
+"""What every benchmark shares: timing, the machine's description, results as JSON, tables.
 
-A benchmark builds its rows, each a flat dict of plain values, checks each result before it times it,
-and ends with::
+A benchmark builds its rows, each a flat dict of plain values, checks each result before it times
+it, and ends with::
 
     harness.finish("resume", rows, columns, notes=[...], path=options.json)
 

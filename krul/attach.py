@@ -8,6 +8,7 @@ transformers would silently turn into garbage is refused with what to do instead
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable
@@ -26,6 +27,9 @@ _TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[
 
 # Before this version a chunked prefill feeds the cached tokens again.
 _CHUNKED_PREFILL_CONTINUES = (5, 23)
+
+# What generate() gives to padding.
+_PAD_POSITION = 0 if _TRANSFORMERS >= (5, 0) else 1
 
 _ATTRIBUTE = "_krul_attachment"
 
@@ -243,6 +247,10 @@ class _Attachment:
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         _refuse_other_inputs(named)
         cache._settle()
+        if cache.source is not None and self._is_recorded(named):
+            # A layer that cannot be read is recomputed inside this pass, by another one over the
+            # same modules; older versions of transformers would record that as well.
+            cache.restore()
         is_changed = self.per_thread.is_refeeding and _drop_cached_tokens(cache, named)
         _note_tokens(cache, named)
         if cache.estimator is not None and self.observer is not None:
@@ -262,6 +270,13 @@ class _Attachment:
         self._stop_observed(is_failed=output is None)
         cache.end_feed(is_failed=output is None)
 
+    def _is_recorded(self, named: dict[str, Any]) -> bool:
+        config = self.model.config
+        return any(
+            getattr(config, name, False) if named.get(name) is None else named[name]
+            for name in ("output_hidden_states", "output_attentions")
+        )
+
     def _stop_observed(self, is_failed: bool) -> None:
         while self.per_thread.n_observed > 0:
             from . import observe
@@ -279,11 +294,15 @@ class _Attachment:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, Cache) or not self.is_installed:
             return inner(*args, **kwargs)
-        bound = inspect.signature(inner).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(type(self.model).generate)
+        bound = signature.bind_partial(self.model, *args, **kwargs).arguments
+        bound.pop(next(iter(signature.parameters)))
         extra = bound.pop("kwargs", {})
         call = _GenerateCall(self.model, cache, {**bound, **extra})
         call.check()
         call.align()
+        call.prefill()
+        call.expand()
         self.per_thread.is_refeeding = call.is_assisted and cache.n_tokens > 0
         try:
             output = inner(**call.arguments)
@@ -452,12 +471,6 @@ class _GenerateCall:
         n_cached = cache.align(ids, mask if is_plain else None)
         if n_cached == 0:
             return
-        if self.option("prefill_chunk_size") and _TRANSFORMERS < _CHUNKED_PREFILL_CONTINUES:
-            raise ValueError(
-                f"prefill_chunk_size is {self.option('prefill_chunk_size')} but the cache holds "
-                f"{n_cached} tokens, which transformers {transformers.__version__} would feed "
-                "again: leave it out, or call cache.reset() first"
-            )
         if self.is_assisted and self.option("return_dict_in_generate", False):
             for name in ("output_attentions", "output_hidden_states"):
                 if self.option(name, False):
@@ -466,9 +479,47 @@ class _GenerateCall:
                         "tokens, for which there are none: leave it out, or call cache.reset() "
                         "first"
                     )
-        if self.n_expanded > 1:
-            # generate() repeats its tensors for beams and for several answers, but not a cache.
-            cache.batch_repeat_interleave(self.n_expanded)
+
+    def prefill(self) -> None:
+        """Run the prompt in chunks where transformers would feed cached tokens again.
+
+        Older versions also go round the hooks that note the tokens.
+        """
+        n_chunk = self.option("prefill_chunk_size")
+        if not n_chunk or _TRANSFORMERS >= _CHUNKED_PREFILL_CONTINUES:
+            return
+        if getattr(self.model.generation_config, "prefill_chunk_size", None):
+            raise ValueError(
+                f"model.generation_config.prefill_chunk_size is {n_chunk} but must be None with "
+                f"a krul.Cache on transformers {transformers.__version__}: pass it to generate()"
+            )
+        self.arguments.pop("prefill_chunk_size", None)
+        config = self.arguments.get("generation_config")
+        if config is not None:
+            config = self.arguments["generation_config"] = copy.deepcopy(config)
+            config.prefill_chunk_size = None
+        ids, mask = self.ids, self.arguments.get("attention_mask")
+        accepted = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
+        # generate() must have a token left to run.
+        for start in range(self.cache.n_tokens, ids.shape[1] - 1, n_chunk):
+            end = min(start + n_chunk, ids.shape[1] - 1)
+            inputs = {"input_ids": ids[:, start:end], "use_cache": True}
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, :end]
+                if "position_ids" in accepted:
+                    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, _PAD_POSITION)
+                    inputs["position_ids"] = positions[:, start:end]
+            if "cache_position" in accepted:
+                inputs["cache_position"] = torch.arange(start, end, device=ids.device)
+            if "logits_to_keep" in accepted:
+                inputs["logits_to_keep"] = 1
+            with torch.no_grad():
+                self.model(past_key_values=self.cache, **inputs)
+
+    def expand(self) -> None:
+        """Repeat rows for beams and several answers; generate() does so for its tensors only."""
+        if self.n_expanded > 1 and self.cache.n_tokens > 0:
+            self.cache.batch_repeat_interleave(self.n_expanded)
 
     def trim(self, output: Any) -> None:
         """Keep the row and the tokens of what was returned: beams and candidates leave others."""

@@ -42,8 +42,8 @@ def run(*, is_quick: bool = False) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``backend``, ``n_threads``, ``copy_gb_s`` and ``codecs``: rows with ``codec``, ``encode_gb_s``,
-        ``decode_gb_s`` (of uncompressed bytes) and ``ratio``.
+        ``backend``, ``n_threads``, ``copy_gb_s`` and ``codecs``: rows with ``codec``,
+        ``encode_gb_s``, ``decode_gb_s`` (of uncompressed bytes) and ``ratio``.
 
     Examples
     --------

@@ -882,7 +882,7 @@ class Cache(DynamicCache):
     def end_feed(self, *, is_failed: bool) -> None:
         """Close what `begin_feed` opened; after a failure every layer is put back."""
         feed = self._feed
-        if feed is None:
+        if feed is None or feed.thread_id != threading.get_ident():
             return
         if is_failed:
             self._undo_feed(feed)

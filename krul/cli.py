@@ -35,14 +35,10 @@ def _bytes(n_bytes: int) -> str:
     >>> _bytes(999), _bytes(26_300_000)
     ('999 B', '26.3 MB')
     """
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    power = min(4, (len(str(n_bytes)) - 1) // 3)
+    return f"{n_bytes / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _when(seconds: float) -> str:

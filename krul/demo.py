@@ -27,11 +27,12 @@ from typing import Any
 __all__ = ["DemoResult", "act", "run", "to_text", "write_png"]
 
 CONVERSATION = "demo"
-TOPIC = "typesmapping"
+TOPIC = "debugger"
+N_CHARACTERS = 14_000
 QUESTIONS = (
     "What is this text about?",
-    "What is a dictionary?",
-    "How do I remove all items?",
+    "What does the command next do?",
+    "What is a breakpoint?",
 )
 N_NEW_TOKENS = 40
 N_RUNS = 3
@@ -85,10 +86,10 @@ class DemoResult:
 
 
 def document() -> str:
-    """Return the page that is read: Python's manual on dictionaries, as ``help()`` shows it."""
+    """Return what is read: the first half of Python's manual on its debugger, as in ``help()``."""
     from pydoc_data.topics import topics
 
-    return topics[TOPIC]
+    return topics[TOPIC][:N_CHARACTERS].rpartition("\n\n")[0]
 
 
 # ---- the acts, each in its own process -----------------------------------------------------------
@@ -335,6 +336,7 @@ def run(work: str | os.PathLike[str] | None = None) -> DemoResult:
     from tqdm import tqdm
 
     folder_path = Path(work)
+    folder_path.mkdir(parents=True, exist_ok=True)
     with tqdm(
         total=sum(STEPS.values()),
         disable=None,  # nothing where standard error is no terminal

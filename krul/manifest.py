@@ -436,7 +436,7 @@ def _to_bytes(array: Any, name: str, dtype: str, shape: tuple[int, ...]) -> byte
         raise ValueError(
             f"{name} is {values.dtype} {values.shape} but must be {wanted.name} {shape}"
         )
-    if values.dtype.itemsize > wanted.itemsize and values.size and wanted.kind != "f":
+    if values.size and wanted.kind != "f":
         limits = np.iinfo(wanted)
         if values.min() < limits.min or values.max() > limits.max:
             raise ValueError(f"{name} has values beyond {wanted.name}")
@@ -519,25 +519,31 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
             f"{info.file or 'new segment'}: blocks end at token {token_end} "
             f"but the manifest uses {info.token_start + info.n_tokens}"
         )
+    name = info.file or "new segment"
     for layer, layout in enumerate(manifest.layers):
+        starts = set()
         for kv in (0, 1) if layout.kind != "none" else ():
-            spans = sorted(ranges.get((layer, kv), []))
-            start = spans[0][0] if spans else token_end
-            if layout.kind == "full":
-                is_start_good = start == info.token_start
-            else:
-                is_start_good = start >= token_end - (layout.window or 0)
-            at = start
-            for span_start, n_tokens in spans:
+            at = start = min(ranges.get((layer, kv), [(token_end, 0)]))[0]
+            for span_start, n_tokens in sorted(ranges.get((layer, kv), [])):
                 if span_start != at:
-                    break
+                    raise FormatError(
+                        f"{name}: layer {layer}, {'KV'[kv]}: a block begins at token {span_start} "
+                        f"but the one before ends at {at}"
+                    )
                 at += n_tokens
-            if not spans or not is_start_good or at != token_end:
+            starts.add(start)
+            low = info.token_start if layout.kind == "full" else token_end - (layout.window or 0)
+            high = info.token_start if layout.kind == "full" else token_end - 1
+            if at != token_end or not low <= start <= high:
                 raise FormatError(
-                    f"{info.file or 'new segment'}: layer {layer} ({layout.kind}), "
-                    f"{'V' if kv else 'K'}: blocks hold tokens {start} to {at} without gaps, "
-                    f"but must hold {info.token_start} to {token_end}"
+                    f"{name}: layer {layer} ({layout.kind}), {'KV'[kv]}: blocks hold tokens "
+                    f"{start} to {at} but must begin at {low} to {high} and end at {token_end}"
                 )
+        if len(starts) > 1:
+            raise FormatError(
+                f"{name}: layer {layer}: K and V begin at tokens {sorted(starts)} "
+                "but must begin at one"
+            )
 
 
 def _check_shape(entry: Entry, index: int, layer: int, manifest: Manifest) -> None:

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -687,40 +686,15 @@ class Fingerprint:
     parts : dict of str to str
         What `exact` is made of, so that a mismatch can be named: ``dtype``, ``quantisation``,
         ``adapters``, ``layout``, and ``weights <group>`` for each layer and each other group of
-        parameters.
+        parameters. A manifest keeps it as it is; it may be empty.
     layout : tuple of LayerShape
-        One per decoder layer, as seen in that prompt.
+        One per decoder layer, as seen in that prompt; not kept in a manifest.
     """
 
     exact: str
     behaviour: np.ndarray = field(compare=False, repr=False)
     parts: dict[str, str] = field(compare=False, repr=False)
     layout: tuple[LayerShape, ...] = field(compare=False, repr=False)
-
-    def to_text(self) -> str:
-        """Return `exact` and `parts` as at most 1,024 printable ASCII characters for a manifest."""
-        groups = [self.parts[f"{_WEIGHTS}{group}"] for group in _groups(self.parts)]
-        words = [self.exact]
-        words += [f"{name}={_short(self.parts.get(name, ''))}" for name in _WORDS]
-        words.append("weights=" + ",".join(_buckets(groups)))
-        return " ".join(words)
-
-    @classmethod
-    def from_text(cls, text: str, behaviour: np.ndarray) -> Fingerprint:
-        """Return what `to_text` and `behaviour` described; the layout itself is not in it.
-
-        Raises
-        ------
-        ValueError
-            `text` does not start with 64 hexadecimal digits, or `behaviour` has another shape.
-        """
-        exact, *words = text.split(" ")
-        if re.fullmatch("[0-9a-f]{64}", exact) is None:
-            raise ValueError(f"text starts with {exact[:80]!r} but must with 64 hexadecimal digits")
-        numbers = np.asarray(behaviour, dtype=np.float32)
-        if numbers.shape != (_N_BEHAVIOUR,):
-            raise ValueError(f"behaviour is {numbers.shape} but must be ({_N_BEHAVIOUR},)")
-        return cls(exact, numbers, dict(word.split("=", 1) for word in words if "=" in word), ())
 
 
 _WEIGHTS = "weights "
@@ -732,33 +706,6 @@ _WORDS = {
     "adapters": "adapter state differs",
     "layout": "layer layout differs",
 }
-
-# Groups of weights that a manifest tells apart, and the longest value of another part.
-_N_BUCKETS = 48
-_N_SHORT = 100
-
-
-def _groups(parts: dict[str, str]) -> list[str]:
-    """Return the names of the groups of weights."""
-    return sorted(n.removeprefix(_WEIGHTS) for n in parts if n.startswith(_WEIGHTS))
-
-
-def _short(value: str) -> str:
-    """Return `value` without spaces, or its hash where that is long or not plain ASCII."""
-    words = value.replace(" ", "_")
-    if len(words) <= _N_SHORT and re.fullmatch(r"[!-~]*", words):
-        return words
-    return hashlib.sha256(value.encode()).hexdigest()[:16]
-
-
-def _buckets(groups: list[str]) -> list[str]:
-    """Return 8 digits for each group of weights, or for each run of groups where there are many."""
-    n_buckets = min(len(groups), _N_BUCKETS)
-    out = []
-    for index in range(n_buckets):
-        span = groups[len(groups) * index // n_buckets : len(groups) * (index + 1) // n_buckets]
-        out.append(hashlib.sha256("".join(span).encode()).hexdigest()[:8])
-    return out
 
 
 def fingerprint(model: Any) -> Fingerprint:
@@ -1166,7 +1113,7 @@ def check_fingerprint(stored: Fingerprint, present: Fingerprint) -> None:
     """
     differences = []
     if stored.exact != present.exact:
-        differences = _differences(stored, present)
+        differences = _differences(stored.parts, present.parts)
         if not differences:
             differences = [f"the exact part is {stored.exact} stored and {present.exact} present"]
     else:
@@ -1183,36 +1130,23 @@ def check_fingerprint(stored: Fingerprint, present: Fingerprint) -> None:
         )
 
 
-def _differences(stored: Fingerprint, present: Fingerprint) -> list[str]:
+def _differences(stored: dict[str, Any], present: dict[str, str]) -> list[str]:
     """Return what differs in words; at most three groups of weights."""
-    # A stored fingerprint has been through `to_text`; put the other into the same form.
-    before = Fingerprint.from_text(_as_text(stored), stored.behaviour).parts
-    now = Fingerprint.from_text(present.to_text(), present.behaviour).parts
     out = []
     for name, words in _WORDS.items():
-        if name in before and before[name] != now[name]:
-            out.append(f"{words}: {before[name]} stored, {now[name]} present")
+        if name in stored and stored[name] != present[name]:
+            out.append(f"{words}: {str(stored[name])[:200]} stored, {present[name]} present")
     # Another dtype changes every sample: naming the layers would say nothing more.
-    if "weights" not in before or before.get("dtype") != now["dtype"]:
+    if stored.get("dtype") != present["dtype"]:
         return out
-    old, new = before["weights"].split(","), now["weights"].split(",")
-    names = _groups(present.parts)
-    if len(old) != len(new):
-        out.append(f"groups of parameters differ: {len(old)} stored, {len(new)} present")
-        return out
-    changed = [index for index in range(len(new)) if old[index] != new[index]]
+    groups = [name for name in {**present, **stored} if name.startswith(_WEIGHTS)]
+    changed = [name for name in groups if stored.get(name) != present.get(name)]
     if changed:
         shown = ", ".join(
-            f"{names[len(names) * index // len(new)]} ({old[index]} stored, {new[index]} present)"
-            for index in changed[:3]
+            f"{name.removeprefix(_WEIGHTS)} ({stored.get(name, 'nothing')} stored, "
+            f"{present.get(name, 'nothing')} present)"
+            for name in changed[:3]
         )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         out.append(f"weights differ: {shown}{more}")
     return out
-
-
-def _as_text(known: Fingerprint) -> str:
-    """Return the stored form; one that was read from a manifest is in it already."""
-    if any(name.startswith(_WEIGHTS) for name in known.parts):
-        return known.to_text()
-    return " ".join([known.exact, *(f"{name}={value}" for name, value in known.parts.items())])

@@ -315,11 +315,12 @@ class ConversationFiles:
         segment of this conversation is removed until it is deleted. One of a later format version
         is never replaced.
         """
-        manifest = self._prepared(manifest, entries, payloads, expected_generation)
+        rows = [Entry._make(entry) for entry in entries]
+        manifest = self._prepared(manifest, rows, payloads, expected_generation)
         directory_fd, lock_fd = _lock(self.path, self.conversation_id, is_made=True)
         try:
             result = self._commit_locked(
-                directory_fd, manifest, entries, payloads, expected_generation
+                directory_fd, manifest, rows, payloads, expected_generation
             )
             _remove_garbage(directory_fd, result.manifest)
         finally:
@@ -344,7 +345,7 @@ class ConversationFiles:
     def _prepared(
         self,
         manifest: Manifest,
-        entries: Sequence[tuple[int, ...]],
+        entries: Sequence[Entry],
         payloads: Sequence[Any],
         expected_generation: int,
     ) -> Manifest:
@@ -386,8 +387,7 @@ class ConversationFiles:
         encode_manifest(stand_in)
         if entries:
             try:
-                tuples = [Entry._make(entry) for entry in entries]
-                check_coverage(tuples, manifest.segments[-1], manifest)
+                check_coverage(entries, manifest.segments[-1], manifest)
             except FormatError as exception:
                 raise ValueError(f"entries do not fit the manifest: {exception}") from None
         return manifest
@@ -396,7 +396,7 @@ class ConversationFiles:
         self,
         directory_fd: int,
         manifest: Manifest,
-        entries: Sequence[tuple[int, ...]],
+        entries: Sequence[Entry],
         payloads: Sequence[Any],
         expected_generation: int,
     ) -> CommitResult:
@@ -979,9 +979,9 @@ def _check_store(max_bytes: Any, ttl_s: Any, tenant: Any) -> None:
 
 
 def _file_sizes(path: str) -> dict[str, int]:
-    """Return the sizes of a directory's files by name; files that vanish meanwhile are left out."""
+    """Return the sizes of a directory's files by name, of those that can be seen."""
     sizes = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(path) as found:
+    with contextlib.suppress(OSError), os.scandir(path) as found:
         for item in found:
             with contextlib.suppress(FileNotFoundError):
                 about = item.stat(follow_symlinks=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,11 +41,12 @@ N_LAYERS = 4
 WINDOW = 8
 
 
-def rope(base: float) -> dict[str, Any]:
-    """Return how the installed transformers wants to be told a rotary base."""
+def rope(base: float, layer_types: Iterable[str] = ()) -> dict[str, Any]:
+    """Return how the installed transformers wants to be told a rotary base, for some by type."""
     if VERSION < (5, 0):
         return {"rope_theta": base}
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    parameters = {"rope_type": "default", "rope_theta": base}
+    return {"rope_parameters": dict.fromkeys(layer_types, parameters) or parameters}
 
 
 _PLAIN: dict[str, Any] = {
@@ -135,7 +137,10 @@ WORKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "codegen": ("CodeGenConfig", {"rotary_dim": 8}),
-    "mpt": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": N_LAYERS, "max_seq_len": 512}),
+    "mpt": (
+        "MptConfig",
+        {"d_model": 64, "n_heads": 4, "n_layers": N_LAYERS, "max_seq_len": 512, "use_cache": True},
+    ),
     "xglm": (
         "XGLMConfig",
         {"d_model": 64, "ffn_dim": 96, "num_layers": N_LAYERS, "attention_heads": 4},
@@ -191,7 +196,7 @@ WORKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3": (
         "Olmo3Config",
-        {"sliding_window": WINDOW, "layer_types": _MIXED, **rope(10_000.0)},
+        {"sliding_window": WINDOW, "layer_types": _MIXED, **rope(10_000.0, _MIXED)},
     ),
     "cohere2": ("Cohere2Config", {"sliding_window": WINDOW, "layer_types": _MIXED}),
     "exaone4": ("Exaone4Config", {"sliding_window": WINDOW, "layer_types": _MIXED}),

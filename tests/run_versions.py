@@ -26,7 +26,14 @@ RELEASES = {
 }
 INSTALLED = "installed"
 
-TESTS = ["test_model.py", "test_families.py", "test_cache.py", "test_attach.py", "test_guard.py"]
+TESTS = [
+    "test_model.py",
+    "test_families.py",
+    "test_cache.py",
+    "test_attach.py",
+    "test_generate.py",
+    "test_guard.py",
+]
 
 # Families whose parameters or KV transformers itself has rearranged, so that no fingerprint can be
 # equal: experts became one parameter in 5.0, gemma3n and apertus gained or lost parameters, the

@@ -1,4 +1,4 @@
-"""The hooks that a model carries while caches are in use: what they see, refuse and leave behind."""
+"""The hooks that a model carries while caches are in use: what they see, refuse, leave behind."""
 
 from __future__ import annotations
 

@@ -14,15 +14,14 @@ from transformers import DynamicCache
 import krul
 from krul.cache import Cache
 
-TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 MODELS = ("llama", "mistral", "gemma2", "gpt2", "qwen3")
 
 
 @functools.cache
 def model_of(name, implementation=None):
     model = models.tiny(name, attn_implementation=implementation)
-    # Only what a test asks for ends a text.
-    model.generation_config.eos_token_id = None
+    # Only what a test asks for ends a text: this id is never said.
+    model.generation_config.eos_token_id = 10 * models.VOCABULARY
     model.generation_config.pad_token_id = 0
     return model
 
@@ -92,7 +91,8 @@ def test_three_turns_say_what_a_model_without_history_says(model, way):
     ids = models.token_ids(1, 20)
     for turn in range(3):
         torch.manual_seed(turn)
-        wanted = fresh(model, ids, **WAYS[way])
+        # Looking candidates up in the prompt changes the speed of greedy decoding, not its result.
+        wanted = fresh(model, ids, **({} if way == "prompt lookup" else WAYS[way]))
         torch.manual_seed(turn)
         said = generate(model, ids, cache, **WAYS[way])
         assert torch.equal(said, wanted), f"turn {turn}"
@@ -163,7 +163,7 @@ def test_several_beams_are_returned(llama):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_an_assistant_model(name, n_history):
     model, assistant = model_of(name), models.tiny(name, seed=3)
-    assistant.generation_config.eos_token_id = None
+    assistant.generation_config.eos_token_id = 10 * models.VOCABULARY
     with krul.attach(model, observe=False):
         cache = Cache(model=model)
         ids = models.token_ids(4, 20)
@@ -331,13 +331,11 @@ def test_a_chunked_prefill_of_an_empty_cache(model):
 
 def test_a_chunked_prefill_over_a_history(llama):
     cache, said = filled(llama)
-    ids = more(said, n_tokens=11)
-    if TRANSFORMERS < (5, 23):
-        with pytest.raises(ValueError, match="prefill_chunk_size is 4 but the cache holds 25 tok"):
-            generate(llama, ids, cache, prefill_chunk_size=4)
-        cache.reset()
-    got = generate(llama, ids, cache, prefill_chunk_size=4)
-    assert torch.equal(got, fresh(llama, ids))
+    for n_beams in (1, 3):
+        ids = more(said, n_tokens=11)
+        said = generate(llama, ids, cache, prefill_chunk_size=4, num_beams=n_beams)
+        assert torch.equal(said, fresh(llama, ids, num_beams=n_beams))
+        assert cache.restore_report.n_cropped_tokens == 0
 
 
 def test_hidden_states_of_cached_tokens_are_refused_with_assisted_decoding(llama):

@@ -72,6 +72,28 @@ fuzz_entropy(const uint8_t *bytes, size_t n_bytes)
     free(first);
 }
 
+/* Bit for bit, but that processors differ in which NaN a NaN and a number give: a CRC stands between
+ * such a payload and a user, and what is asked here is that every backend sees the same damage. */
+static bool
+are_same(const uint8_t *left, const uint8_t *right, size_t n_bytes, krul_dtype dtype)
+{
+    const uint32_t infinity = dtype == KRUL_DTYPE_F32   ? 0x7f800000u
+                              : dtype == KRUL_DTYPE_F16 ? 0x7c00u
+                                                        : 0x7f80u;
+    const uint32_t magnitude = dtype == KRUL_DTYPE_F32 ? 0x7fffffffu : 0x7fffu;
+    size_t item_bytes = krul_dtype_bytes(dtype);
+    for (size_t i = 0; i < n_bytes; i += item_bytes) {
+        uint32_t left_bits = 0, right_bits = 0;
+        memcpy(&left_bits, left + i, item_bytes);
+        memcpy(&right_bits, right + i, item_bytes);
+        bool are_nan = (left_bits & magnitude) > infinity && (right_bits & magnitude) > infinity;
+        if (left_bits != right_bits && !are_nan) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static void
 fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
 {
@@ -124,7 +146,8 @@ fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
             continue;
         }
         need(status == first_status);
-        need(status != KRUL_STATUS_OK || memcmp(data, first, view_bytes * (size_t)n_views) == 0);
+        need(status != KRUL_STATUS_OK ||
+             are_same(data, first, view_bytes * (size_t)n_views, dtype));
         free(data);
     }
     free(first);
