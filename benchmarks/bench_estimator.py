@@ -1,8 +1,8 @@
 """What observing attention costs: its share of a prefill and of decoding, and its memory.
 
-SmolLM2-135M-Instruct, bfloat16. Prefills with and without the observer alternate, so that a machine
-that slows down slows both; the share is also given as the time spent inside observation itself,
-which the noise of a prefill does not reach. Logits are compared bit by bit before anything is timed.
+SmolLM2-135M-Instruct, bfloat16. Prefills with and without the observer alternate, so that a
+machine that slows down slows both; the share is also given as the time spent inside observation
+itself, which the noise of a prefill does not reach. Logits are compared bit by bit first.
 What it does not show: other models, and machines with more than the processors named.
 """
 
@@ -74,7 +74,7 @@ def prefill(model: Any, n_tokens: int, rows: int, n_pairs: int) -> dict[str, Any
     """Time a prefill, plain and observed in turn."""
     ids = torch.randint(0, 1000, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     n_layers = model.config.num_hidden_layers
-    plain_s, observed_s, inside_s, logits = [], [], [], []
+    plain_s, observed_s, inside_s, _logits = [], [], [], []
     with observe.install(model) as handle, torch.no_grad():
         for index in range(n_pairs + 1):
             start = time.perf_counter()
@@ -134,7 +134,7 @@ def decode(model: Any, n_tokens: int, n_steps: int) -> dict[str, Any]:
         "model_ms": model_s / n_steps * 1e3,
         "observe_ms": sum(inside_s) / n_steps * 1e3,
         "share_inside": sum(inside_s) / model_s,
-        "share_paired": float("nan"),
+        "share_paired": None,
         "scratch_mb": scratch_bytes(model, n_tokens) / 1e6,
     }
 
@@ -183,11 +183,11 @@ def kernel(backend: str, n_threads: int, n_runs: int) -> dict[str, Any]:
         "n_tokens": n_tokens,
         "rows": str(n_rows),
         "n_threads": n_threads,
-        "model_ms": float("nan"),
+        "model_ms": None,
         "observe_ms": timing.median_s * 1e3,
-        "share_inside": float("nan"),
-        "share_paired": float("nan"),
-        "scratch_mb": float("nan"),
+        "share_inside": None,
+        "share_paired": None,
+        "scratch_mb": None,
     }
 
 
@@ -203,8 +203,9 @@ def main() -> None:
     for n_tokens in (2048,) if options.quick else (512, 1024, 2048):
         rows.append(prefill(model, n_tokens, 64, 2 if options.quick else 5))
     rows.append(decode(model, 2048, 32 if options.quick else 128))
+    notes = [" ".join(__doc__.split("\n\n")[1].split())]
     harness.finish(
-        "estimator", rows, COLUMNS, notes=[__doc__.split("\n\n")[1]], path=options.json
+        "estimator", rows, COLUMNS, notes=notes, is_quick=options.quick, path=options.json
     )
 
 

@@ -25,8 +25,8 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from . import compressor, estimator, restore, selector
-    from .attach import attach
     from .cache import Cache
+    from .hooks import attach
     from .store import Store
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ __all__ = [
 _LAZY = {
     "Cache": ("cache", "Cache"),
     "Store": ("store", "Store"),
-    "attach": ("attach", "attach"),
+    "attach": ("hooks", "attach"),
     "compressor": ("compressor", None),
     "estimator": ("estimator", None),
     "restore": ("restore", None),

@@ -21,386 +21,34 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from .errors import CorruptionError, KrulError, MismatchError, ShapeError
+from .history import History, LayerSnapshot, Snapshot
+from .layer import (
+    KrulLayer,
+    can_crop_sliding,
+    crop_sliding,
+    is_sliding,
+    length_after_crop,
+    outside_autograd,
+    set_sliding_state,
+    sliding_n_held,
+    sliding_state,
+)
 from .reports import RestoreReport, SaveReport
 from .settings import Settings
 
-__all__ = ["Cache", "KrulLayer", "LayerSnapshot", "Snapshot"]
-
-# A buffer starts with room for this many tokens more than it is given, and grows by half.
-_HEADROOM_TOKENS = 64
-_GROWTH = 1.5
+__all__ = ["Cache"]
 
 # Tokens fed at once when a history is recomputed; bounds the memory of activations.
 _RECOMPUTE_CHUNK = 1024
-
-_KEYS, _VALUES = 0, 1
-
-
-def _outside_autograd() -> contextlib.ExitStack:
-    """Enter a state in which new tensors are ordinary ones that autograd does not follow.
-
-    A tensor made under `torch.inference_mode` can never be written outside of it again.
-    """
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
-
-
-# ---- one layer -----------------------------------------------------------------------------------
-
-
-class KrulLayer(DynamicLayer):
-    """One layer's K and V in buffers that grow.
-
-    Attributes
-    ----------
-    keys, values : torch.Tensor or None
-        Shape (n_batch, n_kv_heads, n_tokens, head_dim): views of the buffers. Assigning adopts the
-        tensor, so that code which replaces them (beam search, offloading, pruning) keeps working.
-        A view taken before `crop` shows the tokens that are written after it.
-    pending : object or None
-        While a restore fills the buffers: its ``wait()`` returns when they are full, or raises.
-    """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._buffers: list[torch.Tensor | None] = [None, None]
-        self._lengths = [0, 0]
-        # Whether the buffer is this layer's own, so that it may be written in place.
-        self._is_owned = [False, False]
-        # Tokens below this index are being read by a save and are not overwritten.
-        self._n_protected = [0, 0]
-        self.pending: Any = None
-        super().__init__()
-        self.is_initialized = False  # transformers 4.56 does not set it
-
-    # -- storage --
-
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Return K of all tokens; waits for a restore."""
-        return self._view(_KEYS)
-
-    @keys.setter
-    def keys(self, tensor: torch.Tensor | None) -> None:
-        self._adopt(_KEYS, tensor)
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Return V of all tokens; waits for a restore."""
-        return self._view(_VALUES)
-
-    @values.setter
-    def values(self, tensor: torch.Tensor | None) -> None:
-        self._adopt(_VALUES, tensor)
-
-    def _view(self, which: int) -> torch.Tensor | None:
-        self.wait()
-        buffer = self._buffers[which]
-        return None if buffer is None else buffer[:, :, : self._lengths[which]]
-
-    def _adopt(self, which: int, tensor: torch.Tensor | None) -> None:
-        self.wait()
-        if tensor is not None and tensor.dim() != 4:
-            tensor = None  # transformers writes "nothing yet" as an empty tensor of one dimension
-        self._put(which, tensor, 0 if tensor is None else tensor.shape[-2], is_owned=False)
-
-    def _put(self, which: int, buffer: torch.Tensor | None, n_tokens: int, is_owned: bool) -> None:
-        self._buffers[which] = buffer
-        self._lengths[which] = n_tokens
-        self._is_owned[which] = is_owned
-        self._n_protected[which] = 0
-
-    def wait(self) -> None:
-        """Return when a restore has filled this layer.
-
-        Raises
-        ------
-        CorruptionError, OSError
-            The layer could neither be read nor be recomputed.
-        """
-        pending = self.pending
-        if pending is not None:
-            pending.wait()
-            self.pending = None
-
-    def allocate(
-        self,
-        key_shape: Sequence[int],
-        value_shape: Sequence[int],
-        key_dtype: torch.dtype,
-        value_dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make room for tokens that somebody else will write, and count them as held.
-
-        Parameters
-        ----------
-        key_shape, value_shape : sequence of int
-            (n_batch, n_kv_heads, n_tokens, head_dim); only head_dim may differ between the two.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            Views of the two buffers with these shapes, not contiguous across heads, unwritten.
-        """
-        views = []
-        for which, (shape, dtype) in enumerate(
-            ((key_shape, key_dtype), (value_shape, value_dtype))
-        ):
-            n_batch, n_heads, n_tokens, head_dim = shape
-            with _outside_autograd():
-                buffer = torch.empty(
-                    (n_batch, n_heads, n_tokens + _HEADROOM_TOKENS, head_dim),
-                    dtype=dtype,
-                    device=device,
-                )
-            self._put(which, buffer, n_tokens, is_owned=True)
-            views.append(buffer[:, :, :n_tokens])
-        self.dtype, self.device = key_dtype, views[0].device
-        self.is_initialized = True
-        return views[0], views[1]
-
-    def take(self, keys: torch.Tensor, values: torch.Tensor, n_tokens: int) -> None:
-        """Own these buffers, whose first `n_tokens` tokens are written or about to be.
-
-        Parameters
-        ----------
-        keys, values : torch.Tensor
-            Shape (n_batch, n_kv_heads, n_room, head_dim), n_room at least `n_tokens`.
-        """
-        for which, buffer in enumerate((keys, values)):
-            self._put(which, buffer, n_tokens, is_owned=True)
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def _fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write K and V over the tokens that are held, whatever `pending` says."""
-        with _outside_autograd():
-            for which, tensor in enumerate((keys, values)):
-                n_tokens = self._lengths[which]
-                target = self._buffers[which][:, :, :n_tokens]
-                source = tensor[:, :, :n_tokens]
-                if target.shape != source.shape:
-                    raise ShapeError(
-                        f"a recomputed layer has shape {tuple(source.shape)} "
-                        f"but the stored one {tuple(target.shape)}"
-                    )
-                target.copy_(source)
-
-    # -- what models and generate() call --
-
-    def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
-    ) -> None:
-        """Note dtype and device; transformers 4 passes keys alone."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append tokens and return K and V of all.
-
-        Parameters
-        ----------
-        key_states, value_states : torch.Tensor
-            Shape (n_batch, n_kv_heads, n_new, head_dim), any float dtype.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            Views with all tokens; a dtype that differs from the held one is promoted as
-            `torch.cat` would.
-
-        Raises
-        ------
-        ShapeError
-            n_batch, n_kv_heads or head_dim differ from what is held.
-
-        Notes
-        -----
-        Copies the new tokens only, except where the buffer must grow. With gradients enabled it
-        concatenates as `DynamicLayer` does, because a buffer written in place has no history.
-        """
-        self.wait()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check(_KEYS, key_states, "key_states")
-        self._check(_VALUES, value_states, "value_states")
-        return self._append(_KEYS, key_states), self._append(_VALUES, value_states)
-
-    def _check(self, which: int, states: torch.Tensor, name: str) -> None:
-        buffer = self._buffers[which]
-        if buffer is None or self._lengths[which] == 0:
-            return
-        held, given = buffer.shape, states.shape
-        if held[0] != given[0] or held[1] != given[1] or held[3] != given[3]:
-            # Writing in place would broadcast silently where torch.cat refuses.
-            raise ShapeError(
-                f"{name} is {tuple(given)} but the cache holds {self._lengths[which]} tokens of "
-                f"{tuple(held[:2])} x {held[3]} (batch, heads, head_dim)"
-            )
-        if buffer.device != states.device:
-            raise ShapeError(f"{name} is on {states.device} but the cache is on {buffer.device}")
-
-    def _append(self, which: int, states: torch.Tensor) -> torch.Tensor:
-        buffer, n_held, n_new = self._buffers[which], self._lengths[which], states.shape[-2]
-        n_tokens = n_held + n_new
-        if n_held == 0 and buffer is not None and not _is_alike(buffer, states):
-            buffer = None
-        dtype = states.dtype
-        if buffer is not None and buffer.dtype != dtype:
-            dtype = torch.promote_types(buffer.dtype, dtype)
-        if torch.is_grad_enabled():
-            held = [] if n_held == 0 else [buffer[:, :, :n_held].to(dtype)]
-            joined = torch.cat([*held, states.to(dtype)], dim=-2)
-            self._put(which, joined, n_tokens, is_owned=False)
-            return joined
-        if (
-            buffer is None
-            or buffer.dtype != dtype
-            or n_tokens > buffer.shape[-2]
-            or not self._is_owned[which]
-            or n_held < self._n_protected[which]
-        ):
-            n_room = n_tokens + _HEADROOM_TOKENS
-            if n_held > 0:
-                n_room = max(n_room, int(n_tokens * _GROWTH))
-            buffer = self._move(which, states, dtype, n_room)
-        with torch.no_grad():
-            buffer[:, :, n_held:n_tokens].copy_(states)
-        self._lengths[which] = n_tokens
-        return buffer[:, :, :n_tokens]
-
-    def _move(
-        self, which: int, states: torch.Tensor, dtype: torch.dtype, n_room: int
-    ) -> torch.Tensor:
-        """Take a new buffer with room for `n_room` tokens, and keep what is held."""
-        old, n_held = self._buffers[which], self._lengths[which]
-        with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.empty(
-                (states.shape[0], states.shape[1], n_room, states.shape[3]),
-                dtype=dtype,
-                device=states.device,
-            )
-            if n_held > 0:
-                buffer[:, :, :n_held].copy_(old[:, :, :n_held])
-        self._put(which, buffer, n_held, is_owned=True)
-        return buffer
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held; known before their numbers are."""
-        return self._lengths[_KEYS]
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Return the length that a mask for `query_length` new tokens must have, and its offset."""
-        if torch.is_tensor(query_length):  # up to transformers 5.3: the positions of the new tokens
-            query_length = query_length.shape[0]
-        return self._lengths[_KEYS] + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no longest length."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name up to transformers 5.12
-
-    def crop(self, tokens_to_remove: int = 0) -> None:
-        """Drop tokens from the end: a negative number of them, or down to a positive length.
-
-        Nothing is copied or waited for: a layer that is still being filled only shows less of it.
-        """
-        n_held = self._lengths[_KEYS]
-        n_left = _length_after_crop(n_held, int(tokens_to_remove))
-        if n_left == n_held or not self.is_initialized:
-            return
-        for which in (_KEYS, _VALUES):
-            self._lengths[which] = min(self._lengths[which], n_left)
-
-    def reset(self) -> None:
-        """Forget all tokens and free the buffers."""
-        if self.pending is not None:
-            # What arrives is not wanted any more, but nobody may write into freed memory.
-            with contextlib.suppress(Exception):
-                self.pending.wait()
-            self.pending = None
-        for which in (_KEYS, _VALUES):
-            self._put(which, None, 0, is_owned=False)
-        self.is_initialized = False
-
-    # -- rows --
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Replace the batch by the rows `beam_idx` of it; one copy, none if the order stays."""
-        if self.get_seq_length() == 0:
-            return
-        self.wait()
-        if beam_idx.device.type == "cpu" and torch.equal(
-            beam_idx, torch.arange(self._buffers[_KEYS].shape[0])
-        ):
-            return
-        if torch.is_grad_enabled():
-            super().reorder_cache(beam_idx)
-            return
-        for which in (_KEYS, _VALUES):
-            old, n_held = self._buffers[which], self._lengths[which]
-            with torch.inference_mode(False), torch.no_grad():
-                rows = beam_idx.clone().to(old.device)
-                buffer = torch.empty(
-                    (rows.shape[0], old.shape[1], n_held + _HEADROOM_TOKENS, old.shape[3]),
-                    dtype=old.dtype,
-                    device=old.device,
-                )
-                torch.index_select(old[:, :, :n_held], 0, rows, out=buffer[:, :, :n_held])
-            self._put(which, buffer, n_held, is_owned=True)
-
-    # -- copies --
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KrulLayer:
-        # The state has copies of the tensors already.
-        fork = type(self).__new__(type(self))
-        memo[id(self)] = fork
-        fork.__setstate__(self.__getstate__())
-        return fork
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a whole, separate copy: no buffer's spare room, nothing pending."""
-        self.wait()
-        state = self.__dict__.copy()
-        state["_buffers"] = [
-            None if buffer is None else buffer[:, :, :n_tokens].clone()
-            for buffer, n_tokens in zip(self._buffers, self._lengths, strict=True)
-        ]
-        state["_lengths"] = list(self._lengths)
-        state["_is_owned"] = [False, False]
-        state["_n_protected"] = [0, 0]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-def _is_alike(buffer: torch.Tensor, states: torch.Tensor) -> bool:
-    """Whether `states` could be written into an empty `buffer`."""
-    return (
-        buffer.shape[:2] == states.shape[:2]
-        and buffer.shape[3] == states.shape[3]
-        and buffer.dtype == states.dtype
-        and buffer.device == states.device
-    )
 
 
 class _PendingLayer:
@@ -413,176 +61,6 @@ class _PendingLayer:
         self.cache._wait_for_layer(self.index)
 
 
-def _length_after_crop(n_held: int, tokens_to_remove: int) -> int:
-    """Read both meanings of `crop`'s argument: a negative count, or a positive length."""
-    if tokens_to_remove > 0:
-        return min(n_held, tokens_to_remove)
-    return max(0, n_held + tokens_to_remove)
-
-
-# ---- sliding windows -----------------------------------------------------------------------------
-# Written against the layer's attributes, because transformers' own crop and reset mean different
-# things from version to version.
-
-
-def _is_sliding(layer: Any) -> bool:
-    return isinstance(layer, DynamicSlidingWindowLayer)
-
-
-def _sliding_state(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    return layer.keys, layer.values, layer.cumulative_length
-
-
-def _set_sliding_state(
-    layer: Any, keys: torch.Tensor | None, values: torch.Tensor | None, n_tokens: int
-) -> None:
-    if keys is None:
-        layer.keys = layer.values = None
-        layer.is_initialized = False
-        layer.cumulative_length = 0
-        return
-    if not layer.is_initialized:
-        parameters = inspect.signature(layer.lazy_initialization).parameters
-        layer.lazy_initialization(*(keys, values)[: len(parameters)])
-    layer.keys, layer.values, layer.cumulative_length = keys, values, n_tokens
-
-
-def _sliding_n_held(layer: Any) -> int:
-    return 0 if layer.keys is None or layer.keys.dim() != 4 else layer.keys.shape[-2]
-
-
-def _can_crop_sliding(layer: Any, n_left: int) -> bool:
-    """Whether the window that ends after `n_left` tokens is still there."""
-    first_held = layer.cumulative_length - _sliding_n_held(layer)
-    return n_left == 0 or first_held <= max(0, n_left - (layer.sliding_window - 1))
-
-
-def _crop_sliding(layer: Any, n_left: int) -> None:
-    """Keep the window that ends after `n_left` tokens; `_can_crop_sliding` must hold."""
-    if n_left == 0:
-        _set_sliding_state(layer, None, None, 0)
-        return
-    n_held = _sliding_n_held(layer)
-    if n_held == 0:
-        return
-    first_held = layer.cumulative_length - n_held
-    start = max(0, n_left - (layer.sliding_window - 1)) - first_held
-    end = n_left - first_held
-    _set_sliding_state(layer, layer.keys[:, :, start:end], layer.values[:, :, start:end], n_left)
-
-
-# ---- which tokens --------------------------------------------------------------------------------
-
-
-class _History:
-    """The tokens that were fed, with their mask and positions, in pieces as they came."""
-
-    def __init__(self) -> None:
-        self.pieces: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
-        self.n_tokens = 0
-
-    def append(
-        self,
-        token_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-    ) -> None:
-        """Add tokens; all three are copied, because callers reuse their buffers."""
-        with _outside_autograd():
-            self.pieces.append(
-                tuple(  # type: ignore[arg-type]
-                    None if tensor is None else tensor.detach().clone()
-                    for tensor in (token_ids, attention_mask, positions)
-                )
-            )
-        self.n_tokens += token_ids.shape[1]
-
-    def merge(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return ids, mask (None: all ones) and positions (None: 0, 1, 2, ...) on the CPU."""
-        if not self.pieces:
-            return torch.zeros((1, 0), dtype=torch.int64), None, None
-        if len(self.pieces) > 1 or self.pieces[0][0].device.type != "cpu":
-            with _outside_autograd():
-                ids = torch.cat([piece[0].cpu() for piece in self.pieces], dim=1)
-                merged = (ids, self._merge_masks(), self._merge_positions())
-            self.pieces = [merged]
-        return self.pieces[0]
-
-    def _merge_masks(self) -> torch.Tensor | None:
-        if all(mask is None for _, mask, _ in self.pieces):
-            return None
-        whole = torch.cat(
-            [
-                torch.ones(ids.shape, dtype=torch.uint8)
-                if mask is None
-                else (mask != 0).to(device="cpu", dtype=torch.uint8)
-                for ids, mask, _ in self.pieces
-            ],
-            dim=1,
-        )
-        return None if bool(whole.all()) else whole
-
-    def _merge_positions(self) -> torch.Tensor | None:
-        if all(positions is None for _, _, positions in self.pieces):
-            return None
-        parts, start = [], 0
-        leading = next(p.shape[:-2] for _, _, p in self.pieces if p is not None)
-        for ids, _, positions in self.pieces:
-            if positions is None:
-                positions = torch.arange(start, start + ids.shape[1])
-            parts.append(positions.cpu().expand(*leading, *ids.shape))
-            start += ids.shape[1]
-        whole = torch.cat(parts, dim=-1).to(torch.int64)
-        is_plain = torch.equal(whole, torch.arange(start).expand(whole.shape))
-        return None if is_plain else whole
-
-    def last_positions(self) -> list[int] | None:
-        """Return the position of each row's last token, or None where there is no one number."""
-        if not self.pieces:
-            return None
-        ids, _, positions = self.pieces[-1]
-        if positions is None:
-            return [self.n_tokens - 1] * ids.shape[0]
-        if positions.dim() != 2 or positions.shape[-1] == 0:
-            return None
-        return positions[:, -1].expand(ids.shape[0]).tolist()
-
-    def crop(self, n_tokens: int) -> None:
-        if n_tokens >= self.n_tokens:
-            return
-        kept: list[Any] = []
-        n_kept = 0
-        for ids, mask, positions in self.pieces:
-            n_here = min(ids.shape[1], n_tokens - n_kept)
-            if n_here <= 0:
-                break
-            kept.append(
-                (
-                    ids[:, :n_here],
-                    None if mask is None else mask[:, :n_here],
-                    None if positions is None else positions[..., :n_here],
-                )
-            )
-            n_kept += n_here
-        self.pieces, self.n_tokens = kept, n_kept
-
-    def map_rows(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
-        """Apply the same choice of rows to ids, mask and positions."""
-        if not self.pieces:
-            return
-        ids, mask, positions = self.merge()
-        if positions is not None:
-            positions = positions.expand(*positions.shape[:-2], *ids.shape)
-        with _outside_autograd():
-            self.pieces = [
-                (
-                    change(ids, 0),
-                    None if mask is None else change(mask, 0),
-                    None if positions is None else change(positions, positions.dim() - 2),
-                )
-            ]
-
-
 @dataclasses.dataclass
 class _Feed:
     """A forward pass that is under way: what to go back to should it fail."""
@@ -591,73 +69,6 @@ class _Feed:
     n_new: int
     sliding: list[tuple[int, tuple[torch.Tensor | None, torch.Tensor | None, int]]]
     thread_id: int
-
-
-# ---- what a save sees ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSnapshot:
-    """One layer as it was when a save was asked for.
-
-    Attributes
-    ----------
-    kind : str
-        ``"full"``, ``"sliding"``, or ``"none"`` for a layer without K/V of its own.
-    token_start : int
-        Index of the first token held: 0 unless the window has moved on.
-    sliding_window : int
-        The window in tokens; 0 where there is none.
-    """
-
-    kind: str
-    token_start: int
-    n_tokens: int
-    sliding_window: int
-    _layer: Any
-    _tensors: tuple[torch.Tensor, torch.Tensor] | None
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return K and V, shape (n_batch, n_kv_heads, n_tokens, head_dim); waits for a restore.
-
-        None for a layer of kind ``"none"``.
-        """
-        if isinstance(self._layer, KrulLayer):
-            self._layer.wait()
-        return self._tensors
-
-
-class Snapshot:
-    """The whole cache at one instant; the model may go on while it is read.
-
-    Attributes
-    ----------
-    n_tokens : int
-        Tokens in the snapshot.
-    token_ids : torch.Tensor
-        int64, shape (n_batch, n_tokens), on the CPU.
-    attention_mask : torch.Tensor or None
-        uint8, shape (n_batch, n_tokens), 0 for padding; None when there is no padding.
-    positions : torch.Tensor or None
-        int64, shape (n_batch, n_tokens), or (k, n_batch, n_tokens) for models with several position
-        axes; None for 0, 1, 2, ...
-    layers : tuple of LayerSnapshot
-    """
-
-    def __init__(
-        self,
-        token_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        layers: tuple[LayerSnapshot, ...],
-    ) -> None:
-        self.n_tokens = token_ids.shape[1]
-        self.token_ids = token_ids
-        self.attention_mask = attention_mask
-        self.positions = positions
-        self.layers = layers
-        # Lowered by every crop that happens while the snapshot is being saved.
-        self.n_still_valid = self.n_tokens
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -712,6 +123,9 @@ class Cache(DynamicCache):
     2
     """
 
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
     def __init__(
         self,
         config: Any = None,
@@ -751,7 +165,7 @@ class Cache(DynamicCache):
         self.save_report: SaveReport | None = None
         #: Why the history cannot be recomputed from its tokens; empty when it can.
         self.recompute_blocker = ""
-        self._history: _History | None = _History()
+        self._history: History | None = History()
         self._lost_reason = ""
         self._saved_ids: torch.Tensor | None = None
         self._saved_limit = 0
@@ -827,7 +241,7 @@ class Cache(DynamicCache):
         """Say which tokens the cache holds; what `open` knows from the manifest."""
         if token_ids.dim() != 2:
             raise ShapeError(f"token_ids is {tuple(token_ids.shape)} but must be (batch, tokens)")
-        self._history = _History()
+        self._history = History()
         self._lost_reason = ""
         self._history.append(token_ids.to(torch.int64), attention_mask, positions)
 
@@ -835,7 +249,7 @@ class Cache(DynamicCache):
         self, layer_index: int, keys: torch.Tensor, values: torch.Tensor, n_tokens: int
     ) -> None:
         """Give a sliding layer what it held when the conversation was `n_tokens` long."""
-        _set_sliding_state(self.layers[layer_index], keys, values, n_tokens)
+        set_sliding_state(self.layers[layer_index], keys, values, n_tokens)
 
     def note(self, text: str) -> None:
         """Add to the reason that the restore report gives."""
@@ -873,9 +287,9 @@ class Cache(DynamicCache):
         elif self._history is not None:
             self._history.append(token_ids.to(torch.int64), attention_mask, positions)
         sliding = [
-            (index, _sliding_state(layer))
+            (index, sliding_state(layer))
             for index, layer in enumerate(self.layers)
-            if _is_sliding(layer)
+            if is_sliding(layer)
         ]
         self._feed = _Feed(n_before, n_new, sliding, threading.get_ident())
 
@@ -898,7 +312,7 @@ class Cache(DynamicCache):
             if isinstance(layer, KrulLayer) and layer.get_seq_length() > feed.n_before:
                 layer.crop(feed.n_before - layer.get_seq_length())
         for index, state in feed.sliding:
-            _set_sliding_state(self.layers[index], *state)
+            set_sliding_state(self.layers[index], *state)
         if self._history is not None:
             self._history.crop(feed.n_before)
 
@@ -947,7 +361,7 @@ class Cache(DynamicCache):
         count = tokens_to_remove if max_length is None else max_length
         self._settle_for_crop()
         n_held = self.n_tokens
-        n_left = _length_after_crop(n_held, int(count))
+        n_left = length_after_crop(n_held, int(count))
         if self._can_crop(n_left):
             self._crop_now(n_left)
             return
@@ -969,13 +383,13 @@ class Cache(DynamicCache):
         self._settle()
 
     def _can_crop(self, n_left: int) -> bool:
-        return all(_can_crop_sliding(layer, n_left) for layer in self.layers if _is_sliding(layer))
+        return all(can_crop_sliding(layer, n_left) for layer in self.layers if is_sliding(layer))
 
     def _crop_now(self, n_left: int) -> None:
         n_held = self.n_tokens
         for layer in self.layers:
-            if _is_sliding(layer):
-                _crop_sliding(layer, n_left)
+            if is_sliding(layer):
+                crop_sliding(layer, n_left)
             elif not isinstance(layer, KrulLayer) and n_left < n_held:
                 layer.crop(n_left - n_held)
         self._crop_full_layers(n_left)
@@ -995,7 +409,7 @@ class Cache(DynamicCache):
 
     def _restart_history(self) -> None:
         """Know the tokens again: an empty cache does, whatever it held before."""
-        self._history, self._lost_reason, self.recompute_blocker = _History(), "", ""
+        self._history, self._lost_reason, self.recompute_blocker = History(), "", ""
 
     def reset(self) -> None:
         """Forget all tokens; what the store has stays there."""
@@ -1005,8 +419,8 @@ class Cache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, KrulLayer):
                 layer.reset()
-            elif _is_sliding(layer):
-                _set_sliding_state(layer, None, None, 0)
+            elif is_sliding(layer):
+                set_sliding_state(layer, None, None, 0)
             else:
                 layer.reset()
         self._crop_full_layers(0)
@@ -1044,8 +458,8 @@ class Cache(DynamicCache):
         for layer in self.layers:
             if getattr(layer, "record_past", False):
                 layer.record_past = False
-                if _is_sliding(layer) and _sliding_n_held(layer) > 0:
-                    _crop_sliding(layer, layer.cumulative_length)
+                if is_sliding(layer) and sliding_n_held(layer) > 0:
+                    crop_sliding(layer, layer.cumulative_length)
 
     # -- a changed history --
 
@@ -1153,7 +567,7 @@ class Cache(DynamicCache):
             if 0 < n_found <= n_left:
                 self._crop_full_layers(n_found)
                 for index, (keys, values) in windows.items():
-                    _set_sliding_state(self.layers[index], keys, values, n_found)
+                    set_sliding_state(self.layers[index], keys, values, n_found)
                 self._notes.append(f"rolled back to the stored boundary at token {n_found}")
                 return n_found
         self._notes.append("a sliding window has moved past the common prefix: starting over")
@@ -1332,7 +746,7 @@ class Cache(DynamicCache):
         plain = self._run_history(n_tokens)
         self._take_all(plain)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, KrulLayer) or _is_sliding(layer):
+            if isinstance(layer, KrulLayer) or is_sliding(layer):
                 self._n_recomputed[index] = n_tokens
         self._notes.append(f"recomputed {n_tokens} tokens: {reason}")
         self._wait_s += time.perf_counter() - start
@@ -1377,7 +791,7 @@ class Cache(DynamicCache):
                 model(**inputs)
 
         with (
-            _outside_autograd(),
+            outside_autograd(),
             torch.autocast(device_type=device.type, enabled=False),
             _unobserved(),
         ):
@@ -1396,8 +810,8 @@ class Cache(DynamicCache):
                 layer.reset()
                 layer.allocate(keys.shape, values.shape, keys.dtype, values.dtype, keys.device)
                 layer._fill(keys, values)
-            elif _is_sliding(layer):
-                _set_sliding_state(layer, *_sliding_state(other))
+            elif is_sliding(layer):
+                set_sliding_state(layer, *sliding_state(other))
 
     # -- saving --
 
@@ -1431,6 +845,12 @@ class Cache(DynamicCache):
                 ids, n_valid = snapshot.token_ids, snapshot.n_still_valid
             self._saved_ids, self._saved_limit = ids, n_valid
             self.generation, self.segments = generation, list(segments)
+
+    @overload
+    def save(self, *, wait: Literal[True] = True) -> SaveReport: ...
+
+    @overload
+    def save(self, *, wait: Literal[False]) -> Future[SaveReport]: ...
 
     def save(self, *, wait: bool = True) -> SaveReport | Future[SaveReport]:
         """Compress, guard and commit what is new since the last save.
@@ -1499,7 +919,8 @@ class Cache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, KrulLayer):
                 layer._n_protected = [n_tokens, n_tokens]
-        return Snapshot(*known, layers)
+        similarity = None if self.estimator is None else self.estimator.result()
+        return Snapshot(*known, layers, similarity)
 
     def _snapshot_layer(self, index: int, layer: Any, n_tokens: int) -> LayerSnapshot:
         if isinstance(layer, KrulLayer):
@@ -1512,14 +933,14 @@ class Cache(DynamicCache):
                 )
             keys, values = (buffer[:, :, :n_tokens].detach() for buffer in layer._buffers)
             return LayerSnapshot("full", 0, n_tokens, 0, layer, (keys, values))
-        if _is_sliding(layer):
+        if is_sliding(layer):
             if layer.cumulative_length != n_tokens:
                 raise ValueError(
                     f"layer {index} has seen {layer.cumulative_length} tokens "
                     f"but the cache {n_tokens}"
                 )
-            n_held = min(_sliding_n_held(layer), layer.sliding_window - 1)
-            first = _sliding_n_held(layer) - n_held
+            n_held = min(sliding_n_held(layer), layer.sliding_window - 1)
+            first = sliding_n_held(layer) - n_held
             tensors = (layer.keys[:, :, first:].detach(), layer.values[:, :, first:].detach())
             return LayerSnapshot(
                 "sliding", n_tokens - n_held, n_held, layer.sliding_window, layer, tensors
@@ -1575,8 +996,8 @@ class Cache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, KrulLayer):
                 layer.reset()
-            elif _is_sliding(layer):
-                _set_sliding_state(layer, None, None, 0)
+            elif is_sliding(layer):
+                set_sliding_state(layer, None, None, 0)
         self._history, self._lost_reason = None, "the cache is closed"
         handle, self.handle = self.handle, None
         if handle is not None:

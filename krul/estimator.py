@@ -2,9 +2,9 @@
 
 The method is section 4.1 of *Krul* (arXiv 2507.08045): the distance of two layers is the Euclidean
 distance of their attention weights, flattened over heads and tokens; a layer's importance is the
-attention mass on the first and on the last tenth of the text. Prompt tokens and generated tokens are
-weighted apart and added at the end. Here the rows are those of a sample of queries, computed from
-queries and keys in C, tile by tile, so that nothing of tokens x tokens ever exists.
+attention mass on the first and on the last tenth of the text. Prompt tokens and generated tokens
+are weighted apart and added at the end. Here the rows are those of a sample of queries, computed
+from queries and keys in C, tile by tile, so that nothing of tokens x tokens ever exists.
 """
 
 from __future__ import annotations
@@ -179,8 +179,7 @@ class Estimator:
             raise ValueError(f"decode_every is {decode_every} but must be at least 1")
         if max_bytes < 0 or n_threads < 0:
             raise ValueError(
-                f"max_bytes is {max_bytes} and n_threads is {n_threads} "
-                "but neither may be below 0"
+                f"max_bytes is {max_bytes} and n_threads is {n_threads} but neither may be below 0"
             )
         self.n_layers = n_layers
         self.rows = rows
@@ -235,9 +234,11 @@ class Estimator:
             this pass is not observed.
         """
         forward = self._forward
-        is_again = forward is not None and layer == forward.last_layer and layer in forward.layers
-        if forward is not None and not is_again:
-            if layer <= forward.last_layer or n_queries != forward.n_queries:
+        if forward is not None:
+            # A module may call its attention twice; a layer that comes back otherwise begins anew.
+            is_again = layer == forward.last_layer and layer in forward.layers
+            is_next = layer > forward.last_layer and n_queries == forward.n_queries
+            if not is_again and not is_next:
                 if len(forward.layers) >= self._n_complete:
                     self.finish()
                 forward = None
@@ -505,14 +506,14 @@ def _item_bytes(array: Any) -> int:
 
 
 def _to_numpy(array: Any) -> np.ndarray:
-    """A float32 copy or view of a torch tensor or anything that NumPy takes."""
+    """Return float32, copied or not, of a torch tensor or anything that NumPy takes."""
     if hasattr(array, "detach"):
         array = array.detach().float().cpu().numpy()
     return np.asarray(array, np.float32)
 
 
 def _on_cpu(array: Any) -> Any:
-    """What C can borrow: on the CPU, without a gradient, in a dtype that it knows."""
+    """Return what C can borrow: on the CPU, without a gradient, in a dtype that it knows."""
     if not hasattr(array, "detach"):
         known = array.dtype in (np.float32, np.float16)
         return array if known else np.asarray(array, np.float32)
@@ -529,7 +530,7 @@ def _mark_padding(is_real: np.ndarray, seen: _Seen, positions: np.ndarray) -> No
     visible = seen.visible
     n_keys = visible.shape[2]
     key_start = is_real.shape[1] - n_keys
-    seen_by_any = visible.any(1)
+    seen_by_any = np.asarray(visible.any(1))
     for b in range(is_real.shape[0]):
         own = visible[min(b, len(visible) - 1)]
         sees_itself = own[np.arange(len(positions)), positions - key_start]
@@ -565,7 +566,7 @@ def _explains(
     key_start: int,
     is_real: np.ndarray,
 ) -> bool:
-    """Do first position, causality and padding give just the mask, for rows that are real?"""
+    """Tell whether first position, causality and padding give just the mask, for real rows."""
     if seen.visible is None:
         return True
     n_keys = seen.visible.shape[2]
@@ -630,13 +631,13 @@ def attention_rows(
     n_kv_heads, n_keys = keys.shape[1:3]
     if keys.shape[0] != n_batch or keys.shape[3] != head_dim or n_keys < n_queries:
         raise ShapeError(f"queries are {queries.shape} but keys are {keys.shape}")
-    rows = np.arange(n_queries) if rows is None else np.asarray(rows, np.int64)
-    picked = queries[:, :, rows].reshape(n_batch, n_kv_heads, -1, head_dim)
-    scores = np.matmul(picked, keys.swapaxes(-1, -2)).reshape(n_batch, n_heads, len(rows), n_keys)
+    chosen = np.arange(n_queries) if rows is None else np.asarray(rows, np.int64)
+    picked = queries[:, :, chosen].reshape(n_batch, n_kv_heads, -1, head_dim)
+    scores = np.matmul(picked, keys.swapaxes(-1, -2)).reshape(n_batch, n_heads, -1, n_keys)
     scores *= np.float32(head_dim**-0.5 if scaling is None else scaling)
     if softcap:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
-    positions = (rows + n_keys - n_queries)[:, None]
+    positions = (chosen + n_keys - n_queries)[:, None]
     hidden = np.arange(n_keys) > positions
     if window is not None:
         hidden |= np.arange(n_keys) <= positions - window
@@ -694,9 +695,7 @@ def similarity(
             f"queries_by_layer has {len(queries_by_layer)} layers but keys_by_layer has "
             f"{len(keys_by_layer)}"
         )
-    estimator = Estimator(
-        len(queries_by_layer), rows=rows, max_bytes=1 << 40, n_threads=n_threads
-    )
+    estimator = Estimator(len(queries_by_layer), rows=rows, max_bytes=1 << 40, n_threads=n_threads)
     for layer, (queries, keys) in enumerate(zip(queries_by_layer, keys_by_layer, strict=True)):
         if estimator.pick_rows(layer, queries.shape[2]) is not None:
             factor = queries.shape[3] ** -0.5 if scaling is None else scaling

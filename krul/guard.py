@@ -1,12 +1,12 @@
-"""Would the model still say the same? Its last tokens are run against the cache as it will come back.
+"""Would the model still say the same? Its last tokens are run against the cache as stored.
 
 Before a save is committed, the last P tokens of the conversation are fed twice: over the exact K/V
 and over the K/V decoded from the blocks about to be stored. Mean Kullback-Leibler divergence and
 top-1 agreement of the next-token distributions decide whether the codec is accepted. P tokens are
 evidence, not proof: damage that only a later question would reveal is not seen.
 
-Nothing of the decoded cache is kept: a layer is decoded when the model asks for it, into memory that
-the next layer uses again.
+Nothing of the decoded cache is kept: a layer is decoded when the model asks for it, into memory
+that the next layer uses again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _PrefixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.n_before
 
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         if torch.is_tensor(query_length):  # up to transformers 5.3: the cache positions
             query_length = query_length.shape[0]
         return self.n_held + int(query_length), self.n_before - self.n_held

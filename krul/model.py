@@ -206,7 +206,8 @@ def layer_classes(model: Any) -> list[int]:
     same rotary base, window, shapes and scale. Two layers are of one kind when their attention
     modules have the same class, the same parameter shapes, the same plain attributes (such as
     ``sliding_window``, ``scaling``, ``use_rope``) but for their own index, equal small buffers, and
-    the same type in ``config.layer_types``. When in doubt the answer is "different".
+    the same entry in every list of the configuration that has one per layer, such as
+    ``layer_types``. When in doubt the answer is "different".
 
     Returns
     -------
@@ -215,8 +216,12 @@ def layer_classes(model: Any) -> list[int]:
         of its own.
     """
     config = text_config(model)
-    types = getattr(config, "layer_types", None)
-    no_rope = getattr(config, "no_rope_layers", None)
+    n_layers = config.num_hidden_layers
+    lists = [
+        (name, value)
+        for name, value in sorted(config.to_dict().items())
+        if isinstance(value, (list, tuple)) and len(value) == n_layers
+    ]
     stored = _cache_layers(config)
     own = own_layers(model)
     numbers: dict[Any, int] = {}
@@ -249,8 +254,7 @@ def layer_classes(model: Any) -> list[int]:
             plain,
             shapes,
             buffers,
-            types[index] if types is not None and index < len(types) else None,
-            no_rope[index] if no_rope is not None and index < len(no_rope) else None,
+            tuple((name, repr(value[index])) for name, value in lists),
             type(stored[index]),
             getattr(stored[index], "sliding_window", None),
         )

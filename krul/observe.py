@@ -38,9 +38,7 @@ _thread = _PerThread()
 _lock = threading.RLock()
 _files: dict[int, _File] = {}
 # Attention module: its layer index, and the token of the model that it belongs to.
-_seats: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, _Model]] = (
-    weakref.WeakKeyDictionary()
-)
+_seats: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, _Model]] = weakref.WeakKeyDictionary()
 
 
 class _Model:
@@ -192,7 +190,7 @@ class _Watch:
     def _visible(
         self, mask: Any, rows: np.ndarray, n_queries: int, n_keys: int
     ) -> np.ndarray | None:
-        """What the picked rows see, by the mask; layers that share a mask share the answer."""
+        """Return what the picked rows see, by the mask; layers may share mask and answer."""
         if mask is None:
             return None
         known = self.masks.get(id(mask))
@@ -213,9 +211,7 @@ class _Watch:
             self.estimator.abandon(str(error))
 
 
-def _read_mask(
-    mask: Any, rows: np.ndarray, n_queries: int, n_keys: int
-) -> np.ndarray:
+def _read_mask(mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> np.ndarray:
     if not isinstance(mask, torch.Tensor):
         raise UnsupportedModelError(f"the attention mask is a {type(mask).__name__}")
     if mask.dim() == 2:  # padding only, as flash attention takes it

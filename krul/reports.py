@@ -1,4 +1,4 @@
-"""What a save, a restore and a look into the store tell: frozen objects with units in their names."""
+"""What a save, a restore and a look into the store tell: frozen, with units in the names."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ import torch
 
 from . import _core
 from . import model as models
-from .attach import attach
-from .cache import Cache, KrulLayer
+from .cache import Cache
 from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
 from .estimator import Estimator
+from .hooks import attach
+from .layer import KrulLayer
 from .reports import RestoreReport
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, Manifest, SegmentInfo

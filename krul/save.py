@@ -143,8 +143,8 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
     has_sliding = any(layer is not None and layer.kind == "sliding" for layer in layers)
     n_valid = cache.n_saved_in(snapshot)
     similarity, reason = None, "the estimator is off"
-    if cache.estimator is not None:
-        similarity = cache.estimator.result()
+    if snapshot.similarity is not None:
+        similarity = snapshot.similarity
         reason = similarity.skipped or ""
         if similarity.n_prefill_rows + similarity.n_decode_rows == 0:
             similarity, reason = None, reason or "no attention rows were observed"

@@ -1,7 +1,7 @@
 """Which layer pairs share their KV: small, exact, deterministic.
 
-The paper's choice (Krul, arXiv 2507.08045, section 4): input-sensitive layers are left alone; of the
-others the closest pairs are taken greedily, each layer once. The baseline (MiniCache,
+The paper's choice (Krul, arXiv 2507.08045, section 4): input-sensitive layers are left alone; of
+the others the closest pairs are taken greedily, each layer once. The baseline (MiniCache,
 arXiv 2405.14366) joins adjacent layers from the middle upwards whatever the conversation.
 """
 
@@ -50,8 +50,8 @@ def choose_pairs(
     distances : array_like
         float64, n_layers x n_layers; the upper triangle is used. NaN: never paired.
     importance : array_like
-        float64, n_layers x 2 (mass on the first and last tokens) or n_layers (their sum). NaN counts
-        as most important.
+        float64, n_layers x 2 (mass on the first and last tokens) or n_layers (their sum). NaN
+        counts as most important.
     layer_class : array_like
         int32, n_layers: only layers of one class may share (same window, rotary base, shapes).
     n_sensitive : int

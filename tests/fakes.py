@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from krul.cache import Cache, KrulLayer, Snapshot
+from krul.cache import Cache
 from krul.errors import KrulError
+from krul.history import Snapshot
+from krul.layer import KrulLayer
 from krul.reports import RestoreReport, SaveReport
 
 # A test that would hang fails instead.

@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import krul
-from krul.cache import Cache, KrulLayer
+from krul.cache import Cache
+from krul.layer import KrulLayer
 
 N_LAYERS = 4
 

@@ -41,7 +41,9 @@ def observe(layers, positions, real, *, weight=1.0, tile_bytes=1 << 22, n_thread
 def with_starts(layer):
     *others, starts, key_start = layer
     if starts is not None:
-        starts = np.repeat(np.atleast_2d(starts), layer[0].shape[0] // np.atleast_2d(starts).shape[0], 0)
+        starts = np.repeat(
+            np.atleast_2d(starts), layer[0].shape[0] // np.atleast_2d(starts).shape[0], 0
+        )
     return (*others, starts, key_start)
 
 
@@ -84,8 +86,8 @@ def rows_of(layers, positions, real=None, n_keys=None, dtype=np.float64):
 def check(got, layers, positions, real=None, n_keys=None, weight=1.0):
     """The 2x rule: at most twice as far from float64 as plain float32 NumPy is, and a floor.
 
-    The floor is 4e-6 of the largest value: where float32 NumPy is right to the last bit by luck, the
-    exponential's stated error (4e-7) and the order of some hundred additions remain.
+    The floor is 4e-6 of the largest value: where float32 NumPy is right to the last bit by luck,
+    the exponential's stated error (4e-7) and the order of some hundred additions remain.
     """
     exact = reference.sums(
         rows_of(layers, positions, real, n_keys), positions, key_is_real=real, weight=weight
@@ -220,7 +222,8 @@ def test_layers_that_have_no_common_rows_are_nan():
     got = observe(layers, positions, 10)
     check(got, layers, positions)
     assert np.isnan(got[0][1]).all()
-    assert not np.isnan(got[0][0, 3]) and np.isnan(got[0][0, 2])
+    assert not np.isnan(got[0][0, 3])
+    assert np.isnan(got[0][0, 2])
 
 
 def test_one_kv_grouping_may_differ_from_another():
@@ -237,8 +240,10 @@ def test_what_is_not_finite_becomes_nan_and_spoils_no_other_layer():
     pairs[1][1][0, 0, 2, 3] = torch.nan
     layers = [(q, k, 0.3, 0.0, None, None, 0) for q, k in pairs]
     distances, importance, _, _ = observe(layers, positions, 10)
-    assert np.isnan(distances[0, 1]) and np.isnan(distances[1, 2])
-    assert np.isfinite(distances[0, 2]) and np.isfinite(importance[[0, 2]]).all()
+    assert np.isnan(distances[0, 1])
+    assert np.isnan(distances[1, 2])
+    assert np.isfinite(distances[0, 2])
+    assert np.isfinite(importance[[0, 2]]).all()
 
 
 def test_huge_scores_do_not_overflow():
@@ -326,14 +331,22 @@ REFUSALS = [
     (change(0, torch.ones(1, 2, 2, 6), 0), krul.ShapeError, r"\(1, 2, 2, 6\).*\(1, 1, 9, 8\)"),
     (change(0, torch.ones(1, 1, 10, 8), 1), krul.ShapeError, r"\[0, 10\) but there are 9"),
     (change(0, torch.ones(1, 0, 9, 8), 1), krul.ShapeError, r"\(1, 0, 9, 8\)"),
-    (change(0, torch.ones(1, 2, 2, 8, dtype=torch.float64), 0), krul.DTypeError, "queries of layer 1"),
+    (
+        change(0, torch.ones(1, 2, 2, 8, dtype=torch.float64), 0),
+        krul.DTypeError,
+        "queries of layer 1",
+    ),
     (change(0, "keys", 1), TypeError, "keys of layer 1"),
     (change(0, float("nan"), 2), ValueError, "layer 1 has scaling nan"),
     (change(0, -1.0, 3), ValueError, "softcap -1"),
     (change(0, np.zeros(3, np.float32), 4), krul.ShapeError, "sinks of layer 1"),
     (change(0, np.zeros(2), 4), krul.DTypeError, "sinks of layer 1 is float64 but must be float32"),
     (change(0, np.zeros((1, 3), np.int64), 5), krul.ShapeError, "row_starts of layer 1"),
-    (change(0, np.array([[2, 0]]), 5), ValueError, r"row_starts\[0, 0\] of layer 1 is 2.*position 1"),
+    (
+        change(0, np.array([[2, 0]]), 5),
+        ValueError,
+        r"row_starts\[0, 0\] of layer 1 is 2.*position 1",
+    ),
     (change(0, 1, 6), krul.ShapeError, r"\[1, 10\) but there are 9"),
     (change(0, -1, 6), krul.ShapeError, r"\[-1, 8\)"),
     (change(0, [(1, 2)]), ValueError, r"layers\[0\] has 2 items but must have 7"),
@@ -352,7 +365,11 @@ REFUSALS = [
     (change(4, read_only()), ValueError, "distances must be contiguous, aligned and writable"),
     (change(4, np.zeros((2, 4))[:, ::2]), ValueError, "distances must be contiguous"),
     (change(5, np.zeros((2, 3))), krul.ShapeError, "importance"),
-    (change(6, np.zeros((2, 8), np.float32)), krul.ShapeError, "received holds 8 tokens but there are 9"),
+    (
+        change(6, np.zeros((2, 8), np.float32)),
+        krul.ShapeError,
+        "received holds 8 tokens but there are 9",
+    ),
     (change(6, np.zeros((2, 9))), krul.DTypeError, "received is float64 but must be float32"),
     (change(7, np.zeros(2)), krul.ShapeError, "n_rows"),
     (change(8, -1), ValueError, "tile_bytes is -1"),
@@ -422,7 +439,9 @@ def test_a_sample_converges_to_all_rows():
         results[rows] = watcher.result()
     exact = results["all"].distances[upper]
     errors = [np.abs(results[n].distances[upper] / exact - 1).mean() for n in (8, 64, 256)]
-    assert errors[2] < errors[0] and errors[1] < 0.15 and errors[2] < 0.05
+    assert errors[2] < errors[0]
+    assert errors[1] < 0.15
+    assert errors[2] < 0.05
     assert kendall_tau(results[64].distances[upper], exact) > 0.85
     assert results[64].n_prefill_rows == pytest.approx(512)
     assert results[64].received.sum() == pytest.approx(results["all"].received.sum(), rel=1e-3)
@@ -434,7 +453,9 @@ def test_rows_are_stratified(n_queries, n_rows):
     rows = watcher.pick_rows(0, n_queries)
     assert np.array_equal(rows, Estimator(1, rows=n_rows).pick_rows(0, n_queries))
     assert len(rows) == min(n_rows, n_queries)
-    assert (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < n_queries
+    assert (np.diff(rows) > 0).all()
+    assert rows[0] >= 0
+    assert rows[-1] < n_queries
     if n_rows < n_queries:
         edges = np.arange(n_rows + 1) * n_queries // n_rows
         assert ((rows >= edges[:-1]) & (rows < edges[1:])).all()
@@ -464,7 +485,7 @@ def test_every_sixteenth_step_of_decoding_is_observed():
     layers = [
         (q[:, :, steps], k, 0.3, 0.0, None, None, 0) for q, k in zip(queries, keys, strict=True)
     ]
-    distances, importance, received, n_rows = reference.sums(
+    distances, importance, received, _n_rows = reference.sums(
         rows_of(layers, np.array(steps)), np.array(steps), weight=16.0
     )
     added = found.distances**2 - after_prefill.distances**2
@@ -514,9 +535,11 @@ def test_a_layer_never_seen_is_nan_and_no_other_is():
         watcher.pick_rows(layer, 30)
         watcher.collect(layer, *pairs[layer], scaling=0.3)
     found = watcher.result()
-    assert np.isnan(found.distances[1]).all() and np.isnan(found.distances[:, 1]).all()
+    assert np.isnan(found.distances[1]).all()
+    assert np.isnan(found.distances[:, 1]).all()
     assert np.isfinite(found.distances[np.ix_([0, 2, 3], [0, 2, 3])]).all()
-    assert found.query_moments[1] is None and not found.received[1].any()
+    assert found.query_moments[1] is None
+    assert not found.received[1].any()
 
 
 def test_several_sequences_of_a_batch_add_up():
@@ -527,7 +550,7 @@ def test_several_sequences_of_a_batch_add_up():
     for b, watcher in enumerate(apart):
         feed(watcher, [(q[b : b + 1], k[b : b + 1]) for q, k in pairs])
     squared = sum(watcher.result().distances ** 2 for watcher in apart)
-    np.testing.assert_allclose(together.result().distances**2, squared, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(together.result().distances ** 2, squared, rtol=1e-5, atol=1e-9)
     assert together.result().n_prefill_rows == 60
 
 
@@ -559,7 +582,8 @@ def test_masks_give_padding_and_windows():
         rows_of(layers, rows, real), rows, key_is_real=real
     )
     found = watcher.result()
-    assert found.skipped is None and n_rows == found.n_prefill_rows == 54
+    assert found.skipped is None
+    assert n_rows == found.n_prefill_rows == 54
     np.testing.assert_allclose(found.distances, np.sqrt(distances), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.importance, importance / n_rows, rtol=1e-5)
     np.testing.assert_allclose(found.received, received, rtol=1e-5, atol=1e-5)
@@ -575,7 +599,8 @@ def test_a_mask_of_another_kind_leaves_the_layer_out():
             layer, queries, keys, scaling=0.3, visible=everything if layer == 0 else None
         )
     found = watcher.result()
-    assert np.isnan(found.distances[0]).all() and found.distances[1, 1] == 0
+    assert np.isnan(found.distances[0]).all()
+    assert found.distances[1, 1] == 0
     assert "not causal" in found.skipped
 
 
@@ -600,8 +625,10 @@ def test_a_pass_over_the_budget_is_skipped_with_a_reason():
     watcher = Estimator(2, rows="all", max_bytes=10_000)
     feed(watcher, pairs)
     found = watcher.result()
-    assert found.n_prefill_rows == 0 and np.isnan(found.distances).all()
-    assert "max_bytes" in found.skipped and "10000" in found.skipped
+    assert found.n_prefill_rows == 0
+    assert np.isnan(found.distances).all()
+    assert "max_bytes" in found.skipped
+    assert "10000" in found.skipped
     with pytest.raises(krul.ShapeError, match="no rows were picked"):
         watcher.collect(0, *pairs[0], scaling=0.3)
 
@@ -610,7 +637,8 @@ def test_no_rows_means_nothing():
     watcher = Estimator(2, rows=0)
     assert watcher.pick_rows(0, 100) is None
     found = watcher.result()
-    assert found.n_prefill_rows == 0 and np.isnan(found.distances).all()
+    assert found.n_prefill_rows == 0
+    assert np.isnan(found.distances).all()
 
 
 @pytest.mark.parametrize(
@@ -638,7 +666,9 @@ def test_collect_refuses_a_layer_beyond_the_last():
 # ---- for notebooks -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 1.5}, {"sinks": [0.5, -1, 2, 0]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 5}, {"softcap": 1.5}, {"sinks": [0.5, -1, 2, 0]}]
+)
 def test_attention_rows_equal_the_reference(options):
     queries, keys = draw(0, 1, 2, 4, 2, 9, 30, 8, torch.bfloat16)[0]
     rows = [0, 4, 8]
@@ -669,7 +699,8 @@ def test_attention_rows_refuse_what_does_not_fit():
 def test_similarity_is_a_distance(seed, n_layers, n_tokens):
     pairs = draw(seed, n_layers, 1, 2, 1, n_tokens, n_tokens, 4, torch.float32)
     found = similarity([q for q, _ in pairs], [k for _, k in pairs]).distances
-    assert np.array_equal(found, found.T) and (np.diag(found) == 0).all()
+    assert np.array_equal(found, found.T)
+    assert (np.diag(found) == 0).all()
     for a, b, c in itertools.permutations(range(n_layers), 3):
         assert found[a, c] <= found[a, b] + found[b, c] + 1e-5
     order = np.random.default_rng(seed).permutation(n_layers)

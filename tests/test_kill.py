@@ -1,4 +1,4 @@
-"""kill -9 while a real conversation is saved and appended to: the old turn or the new one, whole."""
+"""kill -9 while a conversation is saved and appended to: the old turn or the new one, whole."""
 
 import os
 import random

@@ -111,9 +111,7 @@ def test_generating_is_observed_and_unchanged(name):
     real = np.ones((1, 60), np.uint8)
     prompt = expected_sums(attentions, np.arange(20), real)
     steps = expected_sums(attentions, np.array([35, 51]), real)
-    distances, importance, received, _ = (
-        a + 16 * b for a, b in zip(prompt, steps, strict=True)
-    )
+    distances, importance, received, _ = (a + 16 * b for a, b in zip(prompt, steps, strict=True))
     # as above, and the keys of the cache were made step by step
     np.testing.assert_allclose(found.distances, np.sqrt(distances), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.importance, importance / 52, rtol=1e-3, atol=1e-4)
@@ -124,7 +122,9 @@ def test_a_model_may_run_on_in_one_block():
     model = models.tiny("llama")
     watcher = Estimator(models.N_LAYERS, rows="all")
     with observe.install(model), observe.observing(watcher):
-        model.generate(models.token_ids(2, 20), max_new_tokens=41, eos_token_id=None, pad_token_id=0)
+        model.generate(
+            models.token_ids(2, 20), max_new_tokens=41, eos_token_id=None, pad_token_id=0
+        )
     found = watcher.result()
     assert (found.n_prefill_rows, found.n_decode_rows) == (20, 32)
 
@@ -136,8 +136,8 @@ def test_moments_are_of_queries_before_rotation(name):
     ids = models.token_ids(3, 12)
     taken = {}
 
-    # At position 0 rotation is the identity, and the first layer's input knows of no positions: there
-    # the queries after rotation are what they are elsewhere before it.
+    # At position 0 rotation is the identity, and the first layer's input knows of no positions:
+    # there the queries after rotation are what they are elsewhere before it.
     watcher = Estimator(models.N_LAYERS, rows="all")
     with observe.install(model) as handle, observe.observing(watcher, handle):
         run(model, ids)
@@ -149,7 +149,8 @@ def test_moments_are_of_queries_before_rotation(name):
     ):
         model(ids, position_ids=torch.zeros_like(ids), use_cache=False)
     found, unmoved = watcher.result(), still.result()
-    assert found.is_pre_rotary[0] and unmoved.is_pre_rotary[0]
+    assert found.is_pre_rotary[0]
+    assert unmoved.is_pre_rotary[0]
     np.testing.assert_allclose(
         found.query_moments[0], unmoved.query_moments[0], rtol=1e-4, atol=1e-4
     )
@@ -265,7 +266,8 @@ def test_an_exception_in_the_forward_pass_leaves_no_trace():
         with observe.observing(watcher, handle):
             run(model, ids)
     found = watcher.result()
-    assert found.n_prefill_rows == 30 and np.isfinite(found.distances).all()
+    assert found.n_prefill_rows == 30
+    assert np.isfinite(found.distances).all()
     assert picture(model) == before
 
 
@@ -294,7 +296,8 @@ def test_a_bias_on_the_scores_is_not_passed_over():
     with observe.install(model) as handle, observe.observing(watcher, handle):
         run(model, ids, bias)
     found = watcher.result()
-    assert found.n_prefill_rows == 0 and "adds a bias" in found.skipped
+    assert found.n_prefill_rows == 0
+    assert "adds a bias" in found.skipped
 
 
 def test_handles_are_counted_and_removal_restores_all():
@@ -336,7 +339,8 @@ def test_a_local_entry_of_the_registry_comes_back():
         assert registry._local_mapping["sdpa"] is mine
     finally:
         del registry["sdpa"]
-    assert len(calls) == models.N_LAYERS and watcher.result().n_prefill_rows == 30
+    assert len(calls) == models.N_LAYERS
+    assert watcher.result().n_prefill_rows == 30
 
 
 def test_compiled_code_is_passed_by():

@@ -133,7 +133,7 @@ def test_attach_is_the_function_whatever_was_imported_first():
     assert run_python(code + "sys.exit(not inspect.isfunction(krul.attach))") == 0
 
 
-# ---- the module -----------------------------------------------------------------------------------
+# ---- the module ----------------------------------------------------------------------------------
 
 
 def test_module_exports_only_its_entry_point():

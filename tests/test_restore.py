@@ -1,20 +1,20 @@
-"""A conversation leaves the process and comes back: every codec, append, crop, damage, two savers."""
+"""A conversation leaves the process and comes back: codecs, append, crop, damage, two savers."""
 
 import copy
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
 import threading
 import warnings
 
+import models
 import pytest
 import torch
 
 import krul
 from krul import _core
-
-import models
 
 N_HISTORY = 150
 
@@ -148,7 +148,7 @@ def test_a_later_turn_writes_only_what_is_new(store, llama, codec):
         out = converse(llama, cache, ids)
         first = cache.save()
         assert cache.save() == first
-    before = {path: open(path, "rb").read() for path in paths(store)}
+    before = {path: pathlib.Path(path).read_bytes() for path in paths(store)}
     with store.open("chat", llama, settings=anything(codec)) as cache:
         more = torch.cat([out, models.token_ids(2, 40)], dim=1)
         out = converse(llama, cache, more)
@@ -158,7 +158,7 @@ def test_a_later_turn_writes_only_what_is_new(store, llama, codec):
         assert second.n_tokens == out.shape[1] - 1
         assert second.new_bytes < first.stored_bytes
     for path, content in before.items():
-        assert open(path, "rb").read() == content
+        assert pathlib.Path(path).read_bytes() == content
     assert len(paths(store)) == 2
     with store.open("chat", llama) as cache:
         cache.restore()
@@ -263,7 +263,7 @@ def test_another_model_is_refused(store, llama):
         cache.save()
     with pytest.raises(krul.MismatchError, match="another model: weights differ"):
         store.open("chat", models.tiny("llama", seed=1))
-    with pytest.raises(krul.MismatchError, match="dtype differs.*float32.*bfloat16"):
+    with pytest.raises(krul.MismatchError, match=r"dtype differs.*float32.*bfloat16"):
         store.open("chat", models.tiny("llama").to(torch.bfloat16))
     with pytest.raises(krul.MismatchError, match="layer layout differs"):
         store.open("chat", models.tiny("llama", num_key_value_heads=4))
@@ -448,15 +448,17 @@ def test_core_restore_reports_and_refuses():
     restore.close()
     with pytest.raises(ValueError, match="layer is 5 but must be from 0 to 1"):
         restore.wait(5)
+    good = entry_of(tensor, payload, 0)
     for step, error, words in [
-        ((-1, payload[:-1], entry_of(tensor, payload, 0), (out,)), ValueError, "bytes but its entry"),
-        ((-1, payload, entry_of(tensor, payload, 0), ()), ValueError, "0 arrays but its entry needs 1"),
+        ((-1, payload[:-1], good, (out,)), ValueError, "bytes but its entry"),
+        ((-1, payload, good, ()), ValueError, "0 arrays but its entry needs 1"),
         ((-1, payload, entry_of(tensor, payload, 7), (out,)), ValueError, "layer 7"),
-        ((-1, payload, entry_of(tensor, payload, 0), (out.half(),)), krul.DTypeError, "float16"),
-        ((-1, payload, entry_of(tensor, payload, 0), (out[..., :4],)), krul.ShapeError, "output is"),
+        ((-1, payload, good, (out.half(),)), krul.DTypeError, "float16"),
+        ((-1, payload, good, (out[..., :4],)), krul.ShapeError, "output is"),
         ((-1, payload, (1, 2), (out,)), TypeError, "14 integers"),
-        ((-1, payload, entry_of(tensor, payload, 0), (3,)), TypeError, "must be an array"),
-        ("abc", TypeError, ""),
+        ((-1, payload, good, (3,)), TypeError, "must be an array"),
+        ((-1, payload), TypeError, "a step is"),
+        (("a", payload, good, (out,)), TypeError, "integer"),
     ]:
         with pytest.raises(error, match=words):
             _core.Restore([step], 2, 1)

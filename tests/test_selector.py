@@ -19,9 +19,7 @@ def layers(max_layers):
     def build(draw):
         n_layers = draw(st.integers(0, max_layers))
         number = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, math.inf, math.nan])
-        upper = draw(
-            st.lists(number, min_size=n_layers * n_layers, max_size=n_layers * n_layers)
-        )
+        upper = draw(st.lists(number, min_size=n_layers * n_layers, max_size=n_layers * n_layers))
         distances = np.array(upper).reshape(n_layers, n_layers)
         distances = np.triu(distances, 1) + np.triu(distances, 1).T
         importance = np.array(
@@ -39,7 +37,9 @@ def layers(max_layers):
 def test_choice_follows_the_rules(case):
     distances, importance, classes, n_sensitive, n_pairs = case
     pairs = selector.choose_pairs(distances, importance, classes, n_sensitive, n_pairs)
-    assert pairs.dtype == np.int32 and pairs.shape[1] == 2 and len(pairs) <= n_pairs
+    assert pairs.dtype == np.int32
+    assert pairs.shape[1] == 2
+    assert len(pairs) <= n_pairs
     flat = pairs.ravel().tolist()
     assert len(set(flat)) == len(flat), "a layer is in two pairs"
     sensitive = reference.sensitive_layers(importance.tolist(), n_sensitive)

@@ -45,7 +45,7 @@ def all_matchings(free, layer_class, distances):
     ]
     found = [()]
     for pair in pairs:
-        found += [rest + (pair,) for rest in found if not {*pair} & {*sum(rest, ())}]
+        found += [(*rest, pair) for rest in found if not {*pair} & {*sum(rest, ())}]
     return found
 
 
@@ -81,7 +81,7 @@ def fixed_pairs(layer_class, n_pairs):
 
 
 def pair_count(n_layers, ratio):
-    """Fewest pairs after which at most that part of the layers is kept, as far as there are layers."""
+    """Fewest pairs after which at most that part of the layers is kept."""
     n_pairs = 0
     while n_layers - n_pairs > ratio * n_layers + 1e-9 and n_pairs < n_layers // 2:
         n_pairs += 1
