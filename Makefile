@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 BASE_READY := $(VENV)/.base
 DEMO_READY := $(VENV)/.demo
 TEST_READY := $(VENV)/.test
+BENCH_READY := $(VENV)/.bench
 LINT_READY := $(VENV)/.lint
 endif
 
@@ -58,6 +59,10 @@ $(VENV)/.test: $(VENV)/.demo .ci/requirements-test.txt
 	$(INSTALL) -r .ci/requirements-test.txt
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.demo .ci/requirements-bench.txt
+	$(INSTALL) -r .ci/requirements-bench.txt
+	@touch $@
+
 $(VENV)/.lint: $(VENV)/.base .ci/requirements-lint.txt
 	$(INSTALL) -r .ci/requirements-lint.txt
 	@touch $@
@@ -78,7 +83,7 @@ demo: $(DEMO_READY) build model
 test: $(TEST_READY) build model
 	$(RUN) $(PY) -m pytest $(PYTEST_FLAGS)
 
-bench: $(TEST_READY) build model
+bench: $(BENCH_READY) build model
 	$(PY) -m benchmarks.bench_compressor $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_codecs $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_resume $(BENCH_FLAGS)

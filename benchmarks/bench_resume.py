@@ -35,7 +35,7 @@ QUICK_HISTORIES = (512, 2048)
 N_PROMPT = 32
 N_SCORED = 128
 CODECS = ("exact", "int8", "int4", "share", "share+int8", "share+int4", "auto")
-SEGMENT_SUFFIXES = (".pt", ".safetensors")
+IN_MEMORY, RECOMPUTE = "never left memory", "recompute"
 
 COLUMNS = [
     ("n_tokens", "history", ",d"),
@@ -60,7 +60,7 @@ class Way:
     restore: Callable[[], Any]
     files: tuple[Path, ...] = ()
     max_kl: float = 0.0  # more than this and the way is wrong, not slow
-    n_runs: int = 5
+    n_runs: int = 7
     note: str = ""
 
 
@@ -198,8 +198,8 @@ def _ways(bench: Bench, history: Any, n_history: int, folder: Path) -> list[Way]
         return bench.from_tensors(load_file(folder / "plain.safetensors"))
 
     return [
-        Way("never left memory", back_in_time),
-        Way("recompute", bench.empty, max_kl=0.01, n_runs=n_slow_runs),
+        Way(IN_MEMORY, back_in_time),
+        Way(RECOMPUTE, bench.empty, max_kl=0.01, n_runs=n_slow_runs),
         Way("torch.save, torch.load", from_pt, (folder / "plain.pt",)),
         Way("safetensors", from_safetensors, (folder / "plain.safetensors",)),
         _quantised(bench, tensors, folder),
@@ -207,68 +207,82 @@ def _ways(bench: Bench, history: Any, n_history: int, folder: Path) -> list[Way]
     ]
 
 
-def _measure(bench: Bench, way: Way, n_history: int, expected: torch.Tensor) -> dict[str, Any]:
-    """Check what a way brings back, then time it."""
-    row: dict[str, Any] = {"n_tokens": n_history, "way": way.name}
-    if way.note:
-        return {**row, "note": way.note}
+def _quality(bench: Bench, way: Way, n_history: int, expected: torch.Tensor) -> dict[str, float]:
+    """Compare what a way brings back with the uninterrupted run, and stop if it is wrong."""
     cache = way.restore()
-    if way.name == "recompute":
+    if way.name == RECOMPUTE:
         bench.fill(cache, n_history)
     got = bench.scored_logits(cache, n_history)
-    if way.name != "never left memory":
+    if way.name != IN_MEMORY:
         _close(cache)
-    row["mean_kl"] = float((expected.exp() * (expected - got)).sum(-1).mean())
-    row["top1"] = float((expected.argmax(-1) == got.argmax(-1)).float().mean())
+    mean_kl = float((expected.exp() * (expected - got)).sum(-1).mean())
     harness.check(
-        row["mean_kl"] <= way.max_kl,
-        f"{way.name} at {n_history} tokens: mean KL {row['mean_kl']} but at most {way.max_kl}",
+        mean_kl <= way.max_kl,
+        f"{way.name} at {n_history} tokens: mean KL {mean_kl} but at most {way.max_kl}",
     )
+    same = expected.argmax(-1) == got.argmax(-1)
+    return {"mean_kl": mean_kl, "top1": float(same.float().mean())}
 
-    def once() -> float:
-        if way.name == "never left memory":
-            way.restore()  # cropping what the last run added is not part of the wait
-        start = time.perf_counter()
-        cache = way.restore()
-        bench.first_token(cache, n_history)
-        seconds = time.perf_counter() - start
-        if way.name != "never left memory":
-            _close(cache)
-        return seconds
 
-    if way.n_runs > 1:
-        once()
-    timing = harness.summarise([once() for _ in range(way.n_runs)])
-    row["first_token_s"], row["iqr_s"] = timing.median_s, timing.iqr_s
-    row["minimum_s"], row["n_runs"] = timing.minimum_s, timing.n_runs
-    if way.files:
-        cold = []
-        for _ in range(3):
-            _drop_from_page_cache(way.files)
-            cold.append(once())
-        row["cold_s"] = harness.summarise(cold).median_s
-        row["stored_bytes"] = sum(path.stat().st_size for path in way.files)
-    return row
+def _wait_s(bench: Bench, way: Way, n_history: int) -> float:
+    """Return how long the first token takes."""
+    if way.name == IN_MEMORY:
+        way.restore()  # cropping what the last run added is not part of the wait
+    start = time.perf_counter()
+    cache = way.restore()
+    bench.first_token(cache, n_history)
+    seconds = time.perf_counter() - start
+    if way.name != IN_MEMORY:
+        _close(cache)
+    return seconds
 
 
 def _one_history(bench: Bench, n_history: int) -> None:
+    """Check every way, then time them in rounds, so that what disturbs one disturbs all."""
     folder = Path(tempfile.mkdtemp(prefix="krul-bench-"))
     try:
         history = bench.fill(bench.empty(), n_history)
         bf16_bytes = sum(2 * t.numel() for x in history.layers for t in (x.keys, x.values))
         ways = _ways(bench, history, n_history, folder)
         expected = bench.scored_logits(history, n_history)
-        rows = [_measure(bench, way, n_history, expected) for way in ways]
-        by_name = {row["way"]: row.get("first_token_s") for row in rows}
-        for row in rows:
-            if seconds := row.get("first_token_s"):
-                row["times_memory"] = seconds / by_name["never left memory"]
-                row["faster_than_recompute"] = by_name["recompute"] / seconds
-            if n_bytes := row.get("stored_bytes"):
-                row["ratio_bf16"] = bf16_bytes / n_bytes
-            if note := row.pop("note", None):
-                bench.notes.append(f"{row['way']}: {note}.")
-        bench.rows += rows
+        bench.notes += [f"{way.name}: {way.note}." for way in ways if way.note]
+        rows = {way.name: {"n_tokens": n_history, "way": way.name} for way in ways}
+        ways = [way for way in ways if not way.note]
+        for way in ways:
+            rows[way.name] |= _quality(bench, way, n_history, expected)
+
+        warm: dict[str, list[float]] = {way.name: [] for way in ways}
+        cold: dict[str, list[float]] = {way.name: [] for way in ways if way.files}
+        n_rounds = 3 if bench.is_quick else 7
+        for index in range(-1, n_rounds):
+            for way in ways:
+                if index >= way.n_runs or (index < 0 and way.n_runs == 1):
+                    continue
+                seconds = _wait_s(bench, way, n_history)
+                if index >= 0:
+                    warm[way.name].append(seconds)
+                if way.files and 0 <= index < 3:
+                    _drop_from_page_cache(way.files)
+                    cold[way.name].append(_wait_s(bench, way, n_history))
+        times = {name: harness.summarise(seconds) for name, seconds in warm.items()}
+        for way in ways:
+            timing = times[way.name]
+            rows[way.name] |= {
+                "first_token_s": timing.median_s,
+                "minimum_s": timing.minimum_s,
+                "iqr_s": timing.iqr_s,
+                "n_runs": timing.n_runs,
+                "times_memory": timing.median_s / times[IN_MEMORY].median_s,
+                "faster_than_recompute": times[RECOMPUTE].median_s / timing.median_s,
+            }
+            if way.files:
+                stored_bytes = sum(path.stat().st_size for path in way.files)
+                rows[way.name] |= {
+                    "cold_s": harness.summarise(cold[way.name]).median_s,
+                    "stored_bytes": stored_bytes,
+                    "ratio_bf16": bf16_bytes / stored_bytes,
+                }
+        bench.rows += rows.values()
     finally:
         shutil.rmtree(folder)
 
@@ -294,6 +308,7 @@ def main() -> int:
         f"(SHA-256 {texts.digest(bench.words)}...); the first token after {N_PROMPT} new ones.",
         "Mean KL and top-1 over the next 128 tokens, against the uninterrupted run. Codecs are "
         "taken as named, without the guard, but for auto.",
+        "All ways of one length are timed in turns, round by round. "
         "Model and tokeniser are in memory, and krul has asked the model what it can do; that is "
         "done once per process.",
         *dict.fromkeys(bench.notes),

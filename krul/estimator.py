@@ -114,6 +114,11 @@ class _Forward:
     gathered_bytes: int = 0
 
 
+# Most memory of one estimator unless told otherwise.
+_MAX_BYTES = 100_000_000
+_NO_LIMIT = 1 << 62
+
+
 class Estimator:
     """Adds up how alike the layers of one conversation attend, forward pass by forward pass.
 
@@ -129,9 +134,10 @@ class Estimator:
         Queries sampled per prompt; ``"all"`` is the paper's full sum; 0 observes nothing.
     decode_every : int
         Tokens that one observed step of decoding stands for.
-    max_bytes : int
+    max_bytes : int or None
         Most memory to use for queries, rows and sums. A pass that needs more is left out, and
         `Similarity.skipped` says so. Keys are borrowed from the cache and not counted.
+        None is 100 MB, and for ``rows="all"``, which was asked for in full, no limit.
     n_threads : int
         Threads of the computation; 0 means every processor. Results do not depend on it.
 
@@ -168,7 +174,7 @@ class Estimator:
         *,
         rows: int | str = 64,
         decode_every: int = 16,
-        max_bytes: int = 100_000_000,
+        max_bytes: int | None = None,
         n_threads: int = 0,
     ) -> None:
         if n_layers < 1:
@@ -177,6 +183,8 @@ class Estimator:
             raise ValueError(f"rows is {rows!r} but must be 'all' or an integer from 0")
         if decode_every < 1:
             raise ValueError(f"decode_every is {decode_every} but must be at least 1")
+        if max_bytes is None:
+            max_bytes = _NO_LIMIT if rows == "all" else _MAX_BYTES
         if max_bytes < 0 or n_threads < 0:
             raise ValueError(
                 f"max_bytes is {max_bytes} and n_threads is {n_threads} but neither may be below 0"

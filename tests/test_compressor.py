@@ -14,7 +14,7 @@ import strategies
 import tolerance
 import torch
 from hypothesis import given
-from reference import compressor as reference
+from reference import compressor_reference as reference
 
 import krul
 from krul import _core

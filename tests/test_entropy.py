@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import entropy as reference
+from reference import entropy_reference as reference
 
 import krul
 from krul import _core

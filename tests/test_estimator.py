@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import estimator as reference
+from reference import estimator_reference as reference
 
 import krul
 from krul import _core, estimator

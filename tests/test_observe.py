@@ -8,7 +8,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from reference import estimator as reference
+from reference import estimator_reference as reference
 
 import krul
 from krul import observe

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import selector as reference
+from reference import selector_reference as reference
 
 import krul
 from krul import selector

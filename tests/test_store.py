@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
-from reference import store as reference
+from reference import store_reference as reference
 
 import krul
 from krul import _core, errors

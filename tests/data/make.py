@@ -20,7 +20,7 @@ import numpy as np
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from reference import store as reference  # noqa: E402
+from reference import store_reference as reference  # noqa: E402
 
 META = {
     "format": "krul conversation",
