@@ -85,6 +85,7 @@ test: $(TEST_READY) build model
 
 bench: $(BENCH_READY) build model
 	$(PY) -m benchmarks.bench_compressor $(BENCH_FLAGS)
+	$(PY) -m benchmarks.bench_estimator $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_codecs $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_resume $(BENCH_FLAGS)
 
@@ -93,7 +94,7 @@ lint: $(LINT_READY) build
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror $(C_FILES)
 	$(RUN) mypy
-	$(RUN) $(PY) -m mypy.stubtest krul._core
+	$(RUN) $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml krul._core
 
 clean:
 	rm -rf build dist out *.egg-info krul/_core*.so

@@ -26,7 +26,7 @@ enum { KRUL_GROUP = 64 };
 typedef struct krul_plane {
     krul_dtype dtype;
     krul_kv kv;
-    int bits;         /* of a code, 8 or 4 */
+    int bits; /* of a code, 8 or 4 */
     bool is_streamed; /* write past the caches where that can be done: the block is large */
     int64_t n_tokens;
     int64_t head_dim;
@@ -107,15 +107,14 @@ struct krul_backend {
     /* Scores and rows lie as n_keys x KRUL_ESTIMATOR_LANES, a lane being one query; lane_ arrays
      * hold KRUL_ESTIMATOR_LANES numbers. Dot products of keys (rows key_stride elements apart) with
      * queries (head_dim x lanes); widened is scratch for KRUL_ESTIMATOR_SCRATCH_KEYS keys. */
-    void (*estimator_scores)(krul_dtype dtype, const void *keys, int64_t key_stride,
-                             int64_t n_keys, int64_t head_dim, const float *queries,
-                             float *widened, float *scores_out);
+    void (*estimator_scores)(krul_dtype dtype, const void *keys, int64_t key_stride, int64_t n_keys,
+                             int64_t head_dim, const float *queries, float *widened,
+                             float *scores_out);
     /* Scale and cap scores of the keys at position and after, set those that a lane does not see
      * (outside [lane_first, lane_last], or key_is_real[k] is 0) to -inf, and raise lane_max. */
     void (*estimator_mask)(float *scores, int64_t n_keys, int32_t position,
                            const uint8_t *key_is_real, const int32_t *lane_first,
-                           const int32_t *lane_last, float scaling, float softcap,
-                           float *lane_max);
+                           const int32_t *lane_last, float scaling, float softcap, float *lane_max);
     /* exp(score - lane_max), in place and added to lane_sum. */
     void (*estimator_exp)(float *scores, int64_t n_keys, const float *lane_max, float *lane_sum);
     /* Times lane_factor, in place; the sum over lanes is added to received[k]. */

@@ -42,10 +42,10 @@ typedef enum krul_status {
     KRUL_STATUS_BAD_DTYPE = -3,
     KRUL_STATUS_BAD_VALUE = -4,
     KRUL_STATUS_BAD_FORMAT = -5, /* bytes that are not ours, or of a version not known here */
-    KRUL_STATUS_CORRUPT = -6,    /* bytes that were ours and are damaged */
-    KRUL_STATUS_IO = -7,         /* krul_error.code is errno */
+    KRUL_STATUS_CORRUPT = -6, /* bytes that were ours and are damaged */
+    KRUL_STATUS_IO = -7, /* krul_error.code is errno */
     KRUL_STATUS_STORE_FULL = -8, /* no space, quota or file size limit; krul_error.code is errno */
-    KRUL_STATUS_DEVICE = -9,     /* krul_error.code is the device's own */
+    KRUL_STATUS_DEVICE = -9, /* krul_error.code is the device's own */
     KRUL_STATUS_UNSUPPORTED = -10,
     KRUL_STATUS_CANCELLED = -11,
 } krul_status;
@@ -60,17 +60,16 @@ typedef struct krul_error {
 } krul_error;
 
 /* The name of a status, "BAD_SHAPE" for KRUL_STATUS_BAD_SHAPE; "UNKNOWN" for other numbers. */
-const char *
-krul_status_name(krul_status status);
+const char *krul_status_name(krul_status status);
 
 /* Fill err (NULL allowed) and return status, so that `return krul_fail(...)` is one line. */
-krul_status
-krul_fail(krul_error *err, krul_status status, const char *format, ...) KRUL_PRINTF(3, 4);
+krul_status krul_fail(krul_error *err, krul_status status, const char *format, ...)
+    KRUL_PRINTF(3, 4);
 
 /* The same for a failed system call: errno_value is kept in err->code and its words appended;
  * ENOSPC, EDQUOT and EFBIG become KRUL_STATUS_STORE_FULL, all else KRUL_STATUS_IO. */
-krul_status
-krul_fail_errno(krul_error *err, int errno_value, const char *format, ...) KRUL_PRINTF(3, 4);
+krul_status krul_fail_errno(krul_error *err, int errno_value, const char *format, ...)
+    KRUL_PRINTF(3, 4);
 
 /* ---- view ------------------------------------------------------------------------------------ */
 
@@ -100,65 +99,55 @@ typedef struct krul_view {
 } krul_view;
 
 /* Bytes of one element, 0 for a number that is no dtype. */
-size_t
-krul_dtype_bytes(krul_dtype dtype);
+size_t krul_dtype_bytes(krul_dtype dtype);
 
 /* "float32", "float16", "bfloat16", or "unknown". */
-const char *
-krul_dtype_name(krul_dtype dtype);
+const char *krul_dtype_name(krul_dtype dtype);
 
 /* Is this a view that krul can work on: known dtype, CPU or CUDA, no negative extent, no stride
  * below zero, rows along head_dim contiguous, an element count and byte span that fit in 63 bits,
  * data aligned to its element and not NULL unless there are no elements. `name` is the argument's
  * name for the message. */
-krul_status
-krul_view_check(const krul_view *view, const char *name, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_view_check(const krul_view *view, const char *name,
+                            krul_error *err) KRUL_MUST_CHECK;
 
 /* The same, and fit to be written: not read-only, and no two indices reach one element. */
-krul_status
-krul_view_check_output(const krul_view *view, const char *name, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_view_check_output(const krul_view *view, const char *name,
+                                   krul_error *err) KRUL_MUST_CHECK;
 
 /* Number of elements; the view must have passed krul_view_check. */
-int64_t
-krul_view_n_elements(const krul_view *view);
+int64_t krul_view_n_elements(const krul_view *view);
 
 /* May the two share a byte? Judged by the spans from first to last element, so interleaved views
  * of one buffer count as overlapping. */
-bool
-krul_view_overlaps(const krul_view *left, const krul_view *right);
+bool krul_view_overlaps(const krul_view *left, const krul_view *right);
 
 /* Refuse an output that may share memory with an input. */
-krul_status
-krul_view_check_disjoint(const krul_view *in, const char *in_name, const krul_view *out,
-                         const char *out_name, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_view_check_disjoint(const krul_view *in, const char *in_name, const krul_view *out,
+                                     const char *out_name, krul_error *err) KRUL_MUST_CHECK;
 
 /* The tokens [token_start, token_start + n_tokens) of a view; the range must lie inside. */
-krul_view
-krul_view_slice_tokens(const krul_view *view, int64_t token_start, int64_t n_tokens);
+krul_view krul_view_slice_tokens(const krul_view *view, int64_t token_start, int64_t n_tokens);
 
 /* ---- backend --------------------------------------------------------------------------------- */
 
 /* One table of operations per instruction set, best first; see backend.h for what is in it. */
 typedef struct krul_backend krul_backend;
 
-int
-krul_backend_count(void);
+int krul_backend_count(void);
 
 /* The index-th table, 0 <= index < krul_backend_count(). */
-const krul_backend *
-krul_backend_at(int index);
+const krul_backend *krul_backend_at(int index);
 
-const char *
-krul_backend_name(const krul_backend *backend);
+const char *krul_backend_name(const krul_backend *backend);
 
 /* Can this processor run it? */
-bool
-krul_backend_is_usable(const krul_backend *backend);
+bool krul_backend_is_usable(const krul_backend *backend);
 
 /* The best usable table, or the one of that name; name NULL or "" means the best. A name that is
  * unknown or not usable here is an error, never another table. */
-krul_status
-krul_backend_find(const char *name, const krul_backend **out, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_backend_find(const char *name, const krul_backend **out,
+                              krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- pool ------------------------------------------------------------------------------------ */
 
@@ -169,33 +158,27 @@ typedef void (*krul_task)(void *argument);
 enum { KRUL_POOL_MAX_THREADS = 256 };
 
 /* Processors this process may run on, at least 1. */
-int
-krul_pool_n_processors(void);
+int krul_pool_n_processors(void);
 
 /* n_threads 0 means krul_pool_n_processors(); at most KRUL_POOL_MAX_THREADS. All signals are
  * blocked in the threads, so that Ctrl-C reaches the interpreter. */
-krul_status
-krul_pool_new(int n_threads, size_t queue_capacity, krul_pool **out,
-              krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_pool_new(int n_threads, size_t queue_capacity, krul_pool **out,
+                          krul_error *err) KRUL_MUST_CHECK;
 
 /* Queue a task; waits while the queue is full. */
-void
-krul_pool_submit(krul_pool *pool, krul_task task, void *argument);
+void krul_pool_submit(krul_pool *pool, krul_task task, void *argument);
 
 /* Wait until every task submitted so far has ended. */
-void
-krul_pool_drain(krul_pool *pool);
+void krul_pool_drain(krul_pool *pool);
 
 /* Drain, end the threads, free. NULL is allowed. */
-void
-krul_pool_free(krul_pool *pool);
+void krul_pool_free(krul_pool *pool);
 
 /* Run task(arguments + i * argument_bytes) for i in [0, n_tasks) on n_threads (0: all
  * processors), the caller's thread among them, and return when all have ended. One thread starts
  * none. If threads cannot be started, the caller's does all the work. */
-void
-krul_pool_for_each(int n_threads, krul_task task, void *arguments, size_t argument_bytes,
-                   int64_t n_tasks);
+void krul_pool_for_each(int n_threads, krul_task task, void *arguments, size_t argument_bytes,
+                        int64_t n_tasks);
 
 /* ---- estimator ------------------------------------------------------------------------------- */
 /* How alike do two layers attend, and to what? Krul section 4.1, token-wise heterogeneous: rows of
@@ -206,21 +189,21 @@ krul_pool_for_each(int n_threads, krul_task task, void *arguments, size_t argume
 typedef struct krul_estimator_layer {
     krul_view queries; /* n_batch x n_heads x n_rows x head_dim, after rotary embedding; data NULL:
                         * not observed */
-    krul_view keys;    /* n_batch x n_kv_heads x n_keys x head_dim, after rotary embedding */
-    float scaling;     /* of the dot products, usually head_dim ** -0.5 */
-    float softcap;     /* tanh cap on the scores, 0 for none */
-    const float *sinks;        /* n_heads logits that take part in the softmax only, or NULL */
+    krul_view keys; /* n_batch x n_kv_heads x n_keys x head_dim, after rotary embedding */
+    float scaling; /* of the dot products, usually head_dim ** -0.5 */
+    float softcap; /* tanh cap on the scores, 0 for none */
+    const float *sinks; /* n_heads logits that take part in the softmax only, or NULL */
     const int64_t *row_starts; /* n_batch x n_rows positions, the first that each row sees (sliding
                                 * windows, chunks), or NULL for 0 */
-    int64_t key_start;         /* position of keys[0]; above 0 for a sliding window's tail */
+    int64_t key_start; /* position of keys[0]; above 0 for a sliding window's tail */
 } krul_estimator_layer;
 
 /* What observed rows add up to. All arrays are the caller's, added to, never cleared. */
 typedef struct krul_estimator_sums {
-    double *distances;  /* n_layers x n_layers: sum of (A_a - A_b)^2 over heads, rows, keys */
+    double *distances; /* n_layers x n_layers: sum of (A_a - A_b)^2 over heads, rows, keys */
     double *importance; /* n_layers x 2: sum over rows of the mean over heads of the attention mass
                          * on the first and on the last 10 % (at least one) of the row's keys */
-    float *received;    /* n_layers x received_stride: attention mass that each token received */
+    float *received; /* n_layers x received_stride: attention mass that each token received */
     int64_t received_stride;
     double *n_rows; /* one number: rows of all batch entries, times weight */
 } krul_estimator_sums;
@@ -233,12 +216,11 @@ typedef struct krul_estimator_sums {
  * queries or keys touch. Products are float32, sums over tiles double; results do not depend on
  * n_threads (0: all processors). Scratch: tile_bytes for rows over all threads, and per thread
  * n_layers x (n_keys_total + 16 x head_dim) floats. */
-krul_status
-krul_estimator_observe(const krul_backend *backend, const krul_estimator_layer *layers,
-                       int32_t n_layers, const int64_t *row_positions, int64_t n_rows,
-                       const uint8_t *key_is_real, int64_t n_keys_total, double weight,
-                       size_t tile_bytes, int n_threads, krul_estimator_sums *sums,
-                       krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_estimator_observe(const krul_backend *backend, const krul_estimator_layer *layers,
+                                   int32_t n_layers, const int64_t *row_positions, int64_t n_rows,
+                                   const uint8_t *key_is_real, int64_t n_keys_total, double weight,
+                                   size_t tile_bytes, int n_threads, krul_estimator_sums *sums,
+                                   krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- selector -------------------------------------------------------------------------------- */
 /* Which layer pairs share their KV. Small, exact, deterministic; always on the host. */
@@ -250,24 +232,22 @@ typedef struct krul_selector_pair {
 
 /* Pairs needed so that sharing leaves at most `ratio` of the layers' bytes, each pair saving one
  * layer: ceil((1 - ratio) * n_layers), at most n_layers / 2. */
-int32_t
-krul_selector_pair_count(int32_t n_layers, double ratio);
+int32_t krul_selector_pair_count(int32_t n_layers, double ratio);
 
 /* The paper's choice. The n_sensitive layers with the largest importance sum are left alone (ties:
  * the lower layer is the more sensitive); of the rest, pairs of one class in order of distance
  * (ties: nearer pair, then lower layer), each layer once, until n_pairs are found or none is left.
  * NaN distances are never paired. pairs_out holds n_pairs. */
-krul_status
-krul_selector_choose_pairs(const double *distances, const double *importance,
-                           const int32_t *layer_class, int32_t n_layers, int32_t n_sensitive,
-                           int32_t n_pairs, krul_selector_pair *pairs_out, int32_t *n_pairs_out,
-                           krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_selector_choose_pairs(const double *distances, const double *importance,
+                                       const int32_t *layer_class, int32_t n_layers,
+                                       int32_t n_sensitive, int32_t n_pairs,
+                                       krul_selector_pair *pairs_out, int32_t *n_pairs_out,
+                                       krul_error *err) KRUL_MUST_CHECK;
 
 /* The baseline, MiniCache: adjacent layers of one class from the middle upwards. */
-krul_status
-krul_selector_fixed_pairs(const int32_t *layer_class, int32_t n_layers, int32_t n_pairs,
-                          krul_selector_pair *pairs_out, int32_t *n_pairs_out,
-                          krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_selector_fixed_pairs(const int32_t *layer_class, int32_t n_layers, int32_t n_pairs,
+                                      krul_selector_pair *pairs_out, int32_t *n_pairs_out,
+                                      krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- entropy --------------------------------------------------------------------------------- */
 /* Interleaved rANS over bytes, static tables; the only entropy coder. FORMAT.md has the stream. */
@@ -281,24 +261,21 @@ typedef struct krul_entropy_table {
 
 /* Quantise counts to a table in which every symbol that occurs has a frequency of at least 1. A
  * symbol that occurs alone leaves 1 to its neighbour. */
-krul_status
-krul_entropy_table_build(const uint64_t counts[256], krul_entropy_table *out,
-                         krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_table_build(const uint64_t counts[256], krul_entropy_table *out,
+                                     krul_error *err) KRUL_MUST_CHECK;
 
 /* Most bytes that encoding n_symbols can take, table included; 0 when that does not fit. */
-size_t
-krul_entropy_bound(size_t n_symbols);
+size_t krul_entropy_bound(size_t n_symbols);
 
 /* Self-contained stream: table, chunk directory, chunks. */
-krul_status
-krul_entropy_encode(const krul_backend *backend, const uint8_t *symbols, size_t n_symbols,
-                    uint8_t *out, size_t capacity_bytes, size_t *n_bytes_out,
-                    krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_encode(const krul_backend *backend, const uint8_t *symbols,
+                                size_t n_symbols, uint8_t *out, size_t capacity_bytes,
+                                size_t *n_bytes_out, krul_error *err) KRUL_MUST_CHECK;
 
 /* Decode exactly n_symbols; any stream that does not hold exactly that many is refused. */
-krul_status
-krul_entropy_decode(const krul_backend *backend, const uint8_t *stream, size_t n_bytes,
-                    uint8_t *symbols_out, size_t n_symbols, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_entropy_decode(const krul_backend *backend, const uint8_t *stream, size_t n_bytes,
+                                uint8_t *symbols_out, size_t n_symbols,
+                                krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- compressor ------------------------------------------------------------------------------ */
 /* One table of codecs. A block is a run of tokens of one tensor (K or V) of one layer, or of two
@@ -323,35 +300,32 @@ typedef enum krul_kv {
 enum { KRUL_COMPRESSOR_MAX_VIEWS = 2 };
 
 /* "exact", "share+int4", ...; NULL for a number that is no codec. */
-const char *
-krul_codec_name(krul_codec codec);
+const char *krul_codec_name(krul_codec codec);
 
 /* 1 for a codec of single layers, 2 for one of pairs, 0 for a number that is no codec. `exact`
  * takes one or two: a pair that fell back is two exact layers in one block. */
-int
-krul_codec_n_layers(krul_codec codec);
+int krul_codec_n_layers(krul_codec codec);
 
 /* Most payload bytes that encoding these views can take with any codec. */
-krul_status
-krul_compressor_bound(const krul_view *views, int n_views, size_t *n_bytes_out,
-                      krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_compressor_bound(const krul_view *views, int n_views, size_t *n_bytes_out,
+                                  krul_error *err) KRUL_MUST_CHECK;
 
 /* Encode a block. The views have one shape and dtype. If a value is not finite, or the codec cannot
  * hold the block's range, the block is coded `exact` and codec_out says so. error_out (NULL
  * allowed) receives sum |x - decoded|^2 and sum |x|^2 over all views, for finite values. */
-krul_status
-krul_compressor_encode(const krul_backend *backend, krul_codec codec, krul_kv kv,
-                       const krul_view *views, int n_views, uint8_t *payload_out,
-                       size_t capacity_bytes, size_t *n_bytes_out, krul_codec *codec_out,
-                       double error_out[2], krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_compressor_encode(const krul_backend *backend, krul_codec codec, krul_kv kv,
+                                   const krul_view *views, int n_views, uint8_t *payload_out,
+                                   size_t capacity_bytes, size_t *n_bytes_out,
+                                   krul_codec *codec_out, double error_out[2],
+                                   krul_error *err) KRUL_MUST_CHECK;
 
 /* Decode a block into views of the shape and dtype it was encoded from. A view with data NULL is
  * skipped (its shape still counts): half of a pair can be had alone. Trusts nothing in the payload:
  * damage is KRUL_STATUS_CORRUPT, and then the outputs may be partly written. */
-krul_status
-krul_compressor_decode(const krul_backend *backend, krul_codec codec, krul_kv kv,
-                       const uint8_t *payload, size_t payload_bytes, const krul_view *views,
-                       int n_views, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_compressor_decode(const krul_backend *backend, krul_codec codec, krul_kv kv,
+                                   const uint8_t *payload, size_t payload_bytes,
+                                   const krul_view *views, int n_views,
+                                   krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- store ----------------------------------------------------------------------------------- */
 /* One container for every file: header, table of entries, payloads. FORMAT.md is the law. */
@@ -363,8 +337,8 @@ enum {
     KRUL_STORE_ALIGNMENT = 64,
     KRUL_STORE_MAX_ENTRIES = 1 << 20,
     KRUL_STORE_MAX_LAYERS = 1 << 16,
-    KRUL_STORE_MAX_EXTENT = 1 << 16,      /* of n_batch, n_heads and head_dim */
-    KRUL_STORE_MAX_TOKENS = 1 << 30,      /* of one conversation */
+    KRUL_STORE_MAX_EXTENT = 1 << 16, /* of n_batch, n_heads and head_dim */
+    KRUL_STORE_MAX_TOKENS = 1 << 30, /* of one conversation */
     KRUL_STORE_MAX_BLOCK_BYTES = 1 << 30, /* of one block when decoded */
     KRUL_STORE_MAX_META_BYTES = 1 << 26,
 };
@@ -377,10 +351,10 @@ typedef enum krul_store_kind {
 
 /* What an entry's payload is. */
 typedef enum krul_store_entry_kind {
-    KRUL_STORE_ENTRY_BLOCK = 1,     /* coded KV; every field of krul_store_entry is in use */
-    KRUL_STORE_ENTRY_META = 2,      /* JSON, UTF-8 */
-    KRUL_STORE_ENTRY_TOKENS = 3,    /* int64, n_batch x n_tokens */
-    KRUL_STORE_ENTRY_MASK = 4,      /* uint8, n_batch x n_tokens */
+    KRUL_STORE_ENTRY_BLOCK = 1, /* coded KV; every field of krul_store_entry is in use */
+    KRUL_STORE_ENTRY_META = 2, /* JSON, UTF-8 */
+    KRUL_STORE_ENTRY_TOKENS = 3, /* int64, n_batch x n_tokens */
+    KRUL_STORE_ENTRY_MASK = 4, /* uint8, n_batch x n_tokens */
     KRUL_STORE_ENTRY_POSITIONS = 5, /* int64, n_batch x n_tokens */
     KRUL_STORE_ENTRY_BEHAVIOUR = 6, /* float32, sampled numbers of the probe prompt's KV */
 } krul_store_entry_kind;
@@ -388,17 +362,17 @@ typedef enum krul_store_entry_kind {
 /* One row of the table, as parsed: every length already checked against the file. */
 typedef struct krul_store_entry {
     krul_store_entry_kind kind;
-    krul_codec codec;     /* zero in all but blocks, as are all fields down to n_tokens */
+    krul_codec codec; /* zero in all but blocks, as are all fields down to n_tokens */
     krul_kv kv;
     krul_dtype dtype;
     int32_t layer_lower;
-    int32_t layer_upper;  /* -1 for a block of one layer */
+    int32_t layer_upper; /* -1 for a block of one layer */
     int32_t n_batch;
     int32_t n_heads;
     int32_t head_dim;
-    int64_t token_start;  /* position in the conversation of the block's first token */
+    int64_t token_start; /* position in the conversation of the block's first token */
     int64_t n_tokens;
-    uint64_t offset;      /* of the payload, from the start of the file */
+    uint64_t offset; /* of the payload, from the start of the file */
     uint64_t payload_bytes;
     uint32_t payload_crc32c;
 } krul_store_entry;
@@ -413,37 +387,30 @@ typedef struct krul_store_head {
 } krul_store_head;
 
 /* CRC-32C (Castagnoli) of the bytes, continued from `crc` (0 to begin). */
-uint32_t
-krul_store_crc32c(uint32_t crc, const void *bytes, size_t n_bytes);
+uint32_t krul_store_crc32c(uint32_t crc, const void *bytes, size_t n_bytes);
 
 /* Does a lone entry keep the rules of its kind? What it may not hold is KRUL_STATUS_BAD_VALUE. Its
  * place in a file is not looked at. */
-krul_status
-krul_store_check_entry(const krul_store_entry *entry, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_check_entry(const krul_store_entry *entry, krul_error *err) KRUL_MUST_CHECK;
 
 /* Bytes of header and entry table for a file that begins with these KRUL_STORE_HEADER_BYTES. */
-krul_status
-krul_store_head_bytes(const uint8_t *header, size_t n_bytes, size_t *n_bytes_out,
-                      krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_head_bytes(const uint8_t *header, size_t n_bytes, size_t *n_bytes_out,
+                                  krul_error *err) KRUL_MUST_CHECK;
 
 /* Parse header and entry table. `bytes` holds at least those; file_bytes is the size of the file.
  * Trusts nothing. */
-krul_status
-krul_store_parse(const uint8_t *bytes, size_t n_bytes, uint64_t file_bytes, krul_store_head *out,
-                 krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_parse(const uint8_t *bytes, size_t n_bytes, uint64_t file_bytes,
+                             krul_store_head *out, krul_error *err) KRUL_MUST_CHECK;
 
 /* Free what krul_store_parse allocated. */
-void
-krul_store_head_close(krul_store_head *head);
+void krul_store_head_close(krul_store_head *head);
 
 /* Read and parse the head of an open file. What is no regular file is KRUL_STATUS_BAD_FORMAT. */
-krul_status
-krul_store_read_head(int fd, krul_store_head *out, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_read_head(int fd, krul_store_head *out, krul_error *err) KRUL_MUST_CHECK;
 
 /* Read one payload and check its CRC. `out` holds entry->payload_bytes. */
-krul_status
-krul_store_read_payload(int fd, const krul_store_entry *entry, uint8_t *out,
-                        krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_read_payload(int fd, const krul_store_entry *entry, uint8_t *out,
+                                    krul_error *err) KRUL_MUST_CHECK;
 
 /* Write a file so that its name holds either the old content or all of the new: a temporary file
  * in directory_fd, written, fsynced, renamed, the directory fsynced. Fills offset and
@@ -451,10 +418,10 @@ krul_store_read_payload(int fd, const krul_store_entry *entry, uint8_t *out,
  * stands; only when the last step fails, the directory's fsync, does the name already hold the new
  * content, without a promise that it survives a power cut. file_bytes_out (NULL allowed) receives
  * the size of the file. A payload may be NULL where its entry has no bytes. */
-krul_status
-krul_store_write(int directory_fd, const char *name, krul_store_kind kind,
-                 krul_store_entry *entries, const uint8_t *const *payloads, int32_t n_entries,
-                 uint64_t *file_bytes_out, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_store_write(int directory_fd, const char *name, krul_store_kind kind,
+                             krul_store_entry *entries, const uint8_t *const *payloads,
+                             int32_t n_entries, uint64_t *file_bytes_out,
+                             krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- restore --------------------------------------------------------------------------------- */
 /* Blocks are read, checked and decoded by threads in the order given; a layer can be waited for. */
@@ -463,8 +430,8 @@ typedef struct krul_restore krul_restore;
 
 /* One block on its way home. */
 typedef struct krul_restore_step {
-    int fd;                  /* borrowed; must stay open until krul_restore_free. -1: payload */
-    const uint8_t *payload;  /* used when fd is -1; borrowed likewise */
+    int fd; /* borrowed; must stay open until krul_restore_free. -1: payload */
+    const uint8_t *payload; /* used when fd is -1; borrowed likewise */
     krul_store_entry entry;
     krul_view views[KRUL_COMPRESSOR_MAX_VIEWS]; /* data NULL: not wanted */
 } krul_restore_step;
@@ -474,8 +441,8 @@ typedef struct krul_restore_counts {
     int64_t n_steps;
     int64_t n_steps_done;
     uint64_t read_bytes;
-    double read_s;    /* summed over threads */
-    double decode_s;  /* summed over threads */
+    double read_s; /* summed over threads */
+    double decode_s; /* summed over threads */
     double elapsed_s; /* from the start until the last step ended, or until now */
 } krul_restore_counts;
 
@@ -483,36 +450,30 @@ typedef struct krul_restore_counts {
  * are complete at once. n_threads 0 means all processors. Views must have the shape and dtype that
  * their entry says, or hold only its first tokens; they must be writable and stay alive until
  * krul_restore_free. That no two steps write to one place is the caller's promise. */
-krul_status
-krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, int64_t n_steps,
-                   int32_t n_layers, int n_threads, krul_restore **out,
-                   krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_restore_start(const krul_backend *backend, const krul_restore_step *steps,
+                               int64_t n_steps, int32_t n_layers, int n_threads, krul_restore **out,
+                               krul_error *err) KRUL_MUST_CHECK;
 
 /* Wait for one layer; sleeps, never spins. Returns the failure of a step of this layer, or
  * KRUL_STATUS_CANCELLED. Other layers go on when one fails. */
-krul_status
-krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err) KRUL_MUST_CHECK;
+krul_status krul_restore_wait(krul_restore *restore, int32_t layer,
+                              krul_error *err) KRUL_MUST_CHECK;
 
 /* Sleep until the layer is complete, failed or cancelled, so that krul_restore_wait would return at
  * once, or until timeout_s has passed (0: only ask). Says which. True for a layer that is none. */
-bool
-krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s);
+bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s);
 
 /* Steps not begun are dropped and waiters wake with KRUL_STATUS_CANCELLED. */
-void
-krul_restore_cancel(krul_restore *restore);
+void krul_restore_cancel(krul_restore *restore);
 
 /* Wait until no thread touches a view, a file or a payload any more. Layers that failed or were
  * cancelled stay so. */
-void
-krul_restore_join(krul_restore *restore);
+void krul_restore_join(krul_restore *restore);
 
-void
-krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out);
+void krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out);
 
 /* Cancel, join the threads, free. NULL is allowed. */
-void
-krul_restore_free(krul_restore *restore);
+void krul_restore_free(krul_restore *restore);
 
 #ifdef __cplusplus
 }

@@ -195,10 +195,8 @@ void
 krul_pool_for_each(int n_threads, krul_task task, void *arguments, size_t argument_bytes,
                    int64_t n_tasks)
 {
-    for_each_work work = {.task = task,
-                          .arguments = arguments,
-                          .argument_bytes = argument_bytes,
-                          .n_tasks = n_tasks};
+    for_each_work work = {
+        .task = task, .arguments = arguments, .argument_bytes = argument_bytes, .n_tasks = n_tasks};
     pthread_t threads[KRUL_POOL_MAX_THREADS];
     int64_t n_wanted = n_threads > 0 ? n_threads : krul_pool_n_processors();
     n_wanted = krul_min_i64(krul_min_i64(n_wanted, n_tasks), KRUL_POOL_MAX_THREADS);

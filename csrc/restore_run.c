@@ -114,8 +114,8 @@ copy_tokens(const krul_view *from, const krul_view *to)
             for (int64_t token = 0; token < to->shape[2]; token++) {
                 int64_t source = batch * from->stride[0] + head * from->stride[1] +
                                  token * from->stride[2];
-                int64_t target =
-                    batch * to->stride[0] + head * to->stride[1] + token * to->stride[2];
+                int64_t target = batch * to->stride[0] + head * to->stride[1] +
+                                 token * to->stride[2];
                 memcpy((uint8_t *)to->data + (size_t)target * element_bytes,
                        (const uint8_t *)from->data + (size_t)source * element_bytes, row_bytes);
             }
@@ -221,8 +221,7 @@ finish_step(krul_restore *restore, const krul_restore_step *step, const krul_err
         if (step->views[i].data != NULL) {
             restore_layer *layer = &restore->layers[layer_of(&step->entry, i)];
             layer->n_steps_left--;
-            if (failure->status != KRUL_STATUS_OK &&
-                layer->failure.status == KRUL_STATUS_OK) {
+            if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
                 layer->failure = *failure;
             }
         }

@@ -196,8 +196,8 @@ krul_view_check_disjoint(const krul_view *in, const char *in_name, const krul_vi
 {
     if (krul_view_overlaps(in, out)) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                         "%s may share memory with %s but must not, because it is written", out_name,
-                         in_name);
+                         "%s may share memory with %s but must not, because it is written",
+                         out_name, in_name);
     }
     return KRUL_STATUS_OK;
 }
@@ -210,7 +210,8 @@ krul_view_slice_tokens(const krul_view *view, int64_t token_start, int64_t n_tok
     slice.shape[2] = n_tokens;
     if (slice.data != NULL && n_tokens > 0) {
         size_t element_bytes = krul_dtype_bytes(view->dtype);
-        slice.data = (uint8_t *)view->data + (size_t)(token_start * view->stride[2]) * element_bytes;
+        slice.data = (uint8_t *)view->data +
+                     (size_t)(token_start * view->stride[2]) * element_bytes;
     }
     return slice;
 }

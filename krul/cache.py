@@ -279,6 +279,7 @@ class Cache(DynamicCache):
         """
         self._check_open()
         self._settle()
+        self._settle_restore()
         n_before = self.n_tokens
         if self._known() is None:
             self._lose_tokens(self.why_unknown)
@@ -395,6 +396,8 @@ class Cache(DynamicCache):
         self._crop_full_layers(n_left)
 
     def _crop_full_layers(self, n_left: int) -> None:
+        if self.estimator is not None:
+            self.estimator.truncate(n_left)  # it may be reading what is about to be overwritten
         for layer in self.layers:
             if isinstance(layer, KrulLayer):
                 layer.crop(min(0, n_left - layer.get_seq_length()))
@@ -639,6 +642,14 @@ class Cache(DynamicCache):
             reason="; ".join(part for part in (report.reason, *self._notes) if part),
             n_cropped_tokens=report.n_cropped_tokens + self._n_cropped,
         )
+
+    def _settle_restore(self) -> None:
+        """Leave the processors to a restore that needs them more than the model does."""
+        settle = getattr(self.source, "settle", None)
+        if settle is not None:
+            start = time.perf_counter()
+            settle()
+            self._wait_s += time.perf_counter() - start
 
     def _wait_for_layer(self, index: int) -> None:
         layer = self.layers[index]
@@ -988,6 +999,8 @@ class Cache(DynamicCache):
             return
         self._wait_for_saves()
         self._drop_restore()
+        if self.estimator is not None:
+            self.estimator.wait()
         self._is_closed = True
         self._feed = None
         if self._executor is not None:

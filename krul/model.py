@@ -35,6 +35,7 @@ __all__ = [
     "behaviour_tolerance",
     "check_fingerprint",
     "decoder_layers",
+    "examine",
     "fingerprint",
     "generation_model",
     "layer_classes",
@@ -525,9 +526,28 @@ def probe(model: Any) -> Capabilities:
     if reason is not None:
         return Capabilities(reason, reason, reason)
     inner = generation_model(model)
-    key = _exact_parts(inner)[1]
-    implementation = getattr(text_config(inner), "_attn_implementation", None)
-    return _remember(inner, ("probe", key, implementation), lambda: _probe(inner))
+    return _probe_once(inner, _exact_parts(inner)[1])
+
+
+def examine(model: Any) -> tuple[Capabilities, Fingerprint]:
+    """Return what :func:`probe` and :func:`fingerprint` do, looking at the weights once.
+
+    Raises
+    ------
+    krul.UnsupportedModelError
+        `support` gives a reason, or a parameter can be read nowhere.
+    """
+    reason = support(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    inner = generation_model(model)
+    parts, key = _exact_parts(inner)
+    return _probe_once(inner, key), _fingerprint_of(inner, parts, key)
+
+
+def _probe_once(model: torch.nn.Module, key: str) -> Capabilities:
+    implementation = getattr(text_config(model), "_attn_implementation", None)
+    return _remember(model, ("probe", key, implementation), lambda: _probe(model))
 
 
 def _probe(model: torch.nn.Module) -> Capabilities:
@@ -743,7 +763,10 @@ def fingerprint(model: Any) -> Fingerprint:
     if reason is not None:
         raise UnsupportedModelError(reason)
     inner = generation_model(model)
-    parts, key = _exact_parts(inner)
+    return _fingerprint_of(inner, *_exact_parts(inner))
+
+
+def _fingerprint_of(inner: torch.nn.Module, parts: dict[str, str], key: str) -> Fingerprint:
     if not _is_remembered(inner, ("behaviour", key)):
         behaviour = _behave(inner)
         # PEFT unmerges a merged adapter at the first forward that runs with it disabled.

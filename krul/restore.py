@@ -7,6 +7,7 @@ waits for a layer only where it needs it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -197,6 +198,26 @@ class Source:
         except CorruptionError as error:
             raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
 
+    def settle(self) -> None:
+        """Wait for the layers as long as decoding, not reading, is what takes the time.
+
+        Model and decoder share the processors of a CPU: one after the other they are faster than
+        both at once. Where the store is slow the threads mostly sleep, and the model may begin.
+        Failures are left to `wait`.
+        """
+        for layer in range(len(self.manifest.layers)):
+            counts = self.counts()
+            if counts["read_s"] > counts["decode_s"]:
+                return
+            with contextlib.suppress(CorruptionError, OSError):
+                self.wait(layer)
+
+    def counts(self) -> dict[str, float]:
+        """Return steps, bytes and seconds so far; the seconds are summed over threads."""
+        if self._restore is None:
+            return {"read_bytes": 0, "read_s": 0.0, "decode_s": 0.0, "elapsed_s": 0.0}
+        return self._restore.counts()
+
     def is_done(self, layer: int) -> bool:
         """Whether `wait` would return or raise at once."""
         return self._restore is None or self._restore.is_done(layer)
@@ -214,19 +235,19 @@ class Source:
 
     def report(self) -> RestoreReport:
         """Return how the restore went, or goes."""
-        counts = {} if self._restore is None else self._restore.counts()
+        counts = self.counts()
         n_layers = len(self.manifest.layers)
         return RestoreReport(
             n_tokens=max(self._n_loaded, default=0),
             n_loaded_by_layer=self._n_loaded,
             n_recomputed_by_layer=(0,) * n_layers,
-            loaded_bytes=int(counts.get("read_bytes", 0)),
+            loaded_bytes=int(counts["read_bytes"]),
             predicted_s=math.nan,
-            actual_s=counts.get("elapsed_s", 0.0),
+            actual_s=counts["elapsed_s"],
             seconds_by_stage={
                 "open": self._open_s,
-                "read": counts.get("read_s", 0.0),
-                "decode": counts.get("decode_s", 0.0),
+                "read": counts["read_s"],
+                "decode": counts["decode_s"],
             },
             plan="load",
             reason="; ".join(self.problems),
@@ -323,17 +344,36 @@ def open_cache(
             f"model is on {device} but this version keeps and restores caches on cpu only; "
             "move the model with model.to('cpu')"
         )
-    capabilities = models.probe(model)
-    if capabilities.cache is not None:
-        raise UnsupportedModelError(capabilities.cache)
-    present = models.fingerprint(model)
     conversation = store.files(conversation_id)
     manifest, problem = _read_manifest(conversation)
-    if manifest is not None:
-        models.check_fingerprint(_stored_fingerprint(manifest), present)
-    inner = models.generation_model(model)
-    cache = Cache(model=inner, settings=settings)
-    cache.conversation, cache.fingerprint = conversation, present
+    # Threads read and decode while the model is looked at; what they decode of another model's
+    # conversation is thrown away.
+    arrival = None if manifest is None else _Arrival(conversation, manifest, settings)
+    cache = None
+    try:
+        capabilities, present = models.examine(model)
+        if capabilities.cache is not None:
+            raise UnsupportedModelError(capabilities.cache)
+        if manifest is not None:
+            models.check_fingerprint(_stored_fingerprint(manifest), present)
+        cache = _new_cache(model, settings, capabilities)
+        cache.conversation, cache.fingerprint = conversation, present
+        cache.handle = attach(model)
+        if arrival is not None:
+            arrival.fill(cache)
+        elif problem:
+            cache.note(problem)
+    except BaseException:
+        if arrival is not None:
+            arrival.source.close()
+        if cache is not None:
+            cache.close()
+        raise
+    return cache
+
+
+def _new_cache(model: Any, settings: Settings, capabilities: models.Capabilities) -> Cache:
+    cache = Cache(model=models.generation_model(model), settings=settings)
     if capabilities.recompute is not None:
         cache.recompute_blocker = capabilities.recompute
     if settings.estimator_rows != 0 and capabilities.observe is None:
@@ -342,15 +382,6 @@ def open_cache(
             rows=settings.estimator_rows,
             n_threads=settings.n_threads,
         )
-    cache.handle = attach(model)
-    try:
-        if manifest is not None:
-            _fill(cache, conversation, manifest, settings)
-        elif problem:
-            cache.note(problem)
-    except BaseException:
-        cache.close()
-        raise
     return cache
 
 
@@ -370,49 +401,67 @@ def _read_manifest(conversation: ConversationFiles) -> tuple[Manifest | None, st
         return None, problem
 
 
-def _fill(
-    cache: Cache, conversation: ConversationFiles, manifest: Manifest, settings: Settings
-) -> None:
-    """Give the cache its tokens and start filling its layers."""
-    cache.generation, cache.created_s = manifest.generation, manifest.created_s
-    source = Source(conversation, manifest, settings.n_threads)
-    windows: dict[int, KeysAndValues] = {}
-    while source.n_tokens:
+class _Arrival:
+    """A stored conversation on its way, before there is a cache to take it.
+
+    A segment that is found damaged here is dropped with all after it.
+    """
+
+    def __init__(
+        self, conversation: ConversationFiles, manifest: Manifest, settings: Settings
+    ) -> None:
+        self.conversation, self.manifest, self.settings = conversation, manifest, settings
+        self.source = source = Source(conversation, manifest, settings.n_threads)
+        self.windows: dict[int, KeysAndValues] = {}
+        self.buffers: dict[int, KeysAndValues] = {}
         try:
-            windows = source.windows()
-            break
-        except (CorruptionError, OSError) as error:
-            source.drop_newest(str(error))
-    n_tokens = source.n_tokens
-    if source.problems:
-        warnings.warn(
-            f"{n_tokens} of {manifest.n_tokens} stored tokens can be used: "
-            + "; ".join(source.problems),
-            RuntimeWarning,
-            stacklevel=4,
+            while source.n_tokens:
+                try:
+                    self.windows = source.windows()
+                    break
+                except (CorruptionError, OSError) as error:
+                    source.drop_newest(str(error))
+            self.n_tokens = source.n_tokens
+            if self.n_tokens:
+                self.buffers = source.buffers()
+            if self.n_tokens and settings.restore != "recompute":
+                source.start(self.buffers)
+        except BaseException:
+            source.close()
+            raise
+
+    def fill(self, cache: Cache) -> None:
+        """Give the cache its tokens, and its layers the memory that is being filled."""
+        manifest, source, n_tokens = self.manifest, self.source, self.n_tokens
+        conversation = self.conversation
+        cache.generation, cache.created_s = manifest.generation, manifest.created_s
+        if source.problems:
+            problems = "; ".join(source.problems)
+            warnings.warn(
+                f"{n_tokens} of {manifest.n_tokens} stored tokens can be used: {problems}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if n_tokens == 0:
+            source.close()
+            cache.note("; ".join(source.problems))
+            return
+        ids, mask, positions = (
+            None if array is None else torch.from_numpy(array[..., :n_tokens].copy())
+            for array in (manifest.token_ids, manifest.attention_mask, manifest.positions)
         )
-    if n_tokens == 0:
-        source.close()
-        cache.note("; ".join(source.problems))
-        return
-    ids, mask, positions = (
-        None if array is None else torch.from_numpy(array[..., :n_tokens].copy())
-        for array in (manifest.token_ids, manifest.attention_mask, manifest.positions)
-    )
-    assert ids is not None
-    cache.record_history(ids, mask, positions)
-    cache.rollback = lambda n: _roll_back(conversation, cache, n)
-    while len(cache.layers) < len(manifest.layers):
-        cache.layers.append(KrulLayer())
-    buffers = source.buffers()
-    for layer, (keys, values) in buffers.items():
-        cache.layers[layer].take(keys, values, n_tokens)
-    for layer, (keys, values) in windows.items():
-        cache.set_window(layer, keys, values, n_tokens)
-    cache.mark_saved(manifest.generation, source.segments)
-    if settings.restore == "recompute" and cache.model is not None:
-        source.close()
-        cache.recompute("settings ask for it")
-        return
-    source.start(buffers)
-    cache.begin_restore(source, list(buffers))
+        assert ids is not None
+        cache.record_history(ids, mask, positions)
+        cache.rollback = lambda n: _roll_back(conversation, cache, n)
+        while len(cache.layers) < len(manifest.layers):
+            cache.layers.append(KrulLayer())
+        for layer, (keys, values) in self.buffers.items():
+            cache.layers[layer].take(keys, values, n_tokens)
+        for layer, (keys, values) in self.windows.items():
+            cache.set_window(layer, keys, values, n_tokens)
+        cache.mark_saved(manifest.generation, source.segments)
+        if self.settings.restore == "recompute":
+            source.close()
+            cache.recompute("settings ask for it")
+            return
+        cache.begin_restore(source, list(self.buffers))

@@ -511,11 +511,28 @@ def test_a_few_tokens_at_once_count_as_decoding():
     ]  # fmt: skip
 
 
+def test_a_short_prompt_over_a_history_is_sampled_in_proportion():
+    watcher = Estimator(1)
+    watcher.begin(n_past=1000)
+    assert len(watcher.pick_rows(0, 64)) == 4
+    watcher.begin(n_past=1000)
+    assert len(watcher.pick_rows(0, 4096)) == 64
+    watcher.begin(n_past=0)
+    assert len(watcher.pick_rows(0, 64)) == 64
+
+
+def test_a_pass_that_cannot_be_computed_is_reported():
+    queries = torch.zeros(1, 2, 30, 8)
+    watcher = Estimator(2)
+    feed(watcher, [(queries, torch.zeros(1, 2, 30, 8)), (queries, torch.zeros(1, 2, 30, 4))])
+    assert "could not be computed" in watcher.result().skipped
+
+
 def test_a_pass_that_dies_leaves_no_trace():
     pairs = draw(0, 3, 1, 2, 1, 30, 30, 8, torch.float32)
-    whole = Estimator(3)
+    whole = Estimator(3, rows="all")
     feed(whole, pairs)
-    broken = Estimator(3)
+    broken = Estimator(3, rows="all")
     broken.pick_rows(0, 30)
     broken.collect(0, *pairs[0], scaling=0.3)
     broken.abandon()

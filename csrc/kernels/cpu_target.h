@@ -15,7 +15,8 @@
 #define KRUL_CPU_TARGET_END _Pragma("clang attribute pop")
 #else
 #define KRUL_CPU_WIDE ",prefer-vector-width=512"
-#define KRUL_CPU_TARGET_BEGIN(names) KRUL_CPU_PRAGMA(GCC push_options) KRUL_CPU_PRAGMA(GCC target(names))
+#define KRUL_CPU_TARGET_BEGIN(names)                                                               \
+    KRUL_CPU_PRAGMA(GCC push_options) KRUL_CPU_PRAGMA(GCC target(names))
 #define KRUL_CPU_TARGET_END _Pragma("GCC pop_options")
 #endif
 

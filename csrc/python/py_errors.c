@@ -57,8 +57,8 @@ py_krul_raise(py_krul_state *state, const krul_error *err)
         type = Py_NewRef(builtin_class_of(err->status));
     }
     /* Messages may quote file names: bytes that are not UTF-8 are replaced, not refused. */
-    PyObject *message =
-        PyUnicode_DecodeUTF8(err->message, (Py_ssize_t)strlen(err->message), "replace");
+    PyObject *message = PyUnicode_DecodeUTF8(err->message, (Py_ssize_t)strlen(err->message),
+                                             "replace");
     bool has_errno = err->code != 0 &&
                      (err->status == KRUL_STATUS_IO || err->status == KRUL_STATUS_STORE_FULL);
     PyObject *exception = NULL;

@@ -21,45 +21,39 @@
 /* One per module; immutable once the module has been executed. */
 typedef struct py_krul_state {
     const krul_backend *backend; /* chosen in module exec */
-    PyObject *errors;            /* the module krul.errors */
+    PyObject *errors; /* the module krul.errors */
     PyTypeObject *restore_type;
 } py_krul_state;
 
 /* The state of the module that `module` is; for methods of types use py_krul_state_of_type. */
-py_krul_state *
-py_krul_state_of(PyObject *module);
+py_krul_state *py_krul_state_of(PyObject *module);
 
 /* Set the exception that stands for err->status, with its message; returns NULL. */
-PyObject *
-py_krul_raise(py_krul_state *state, const krul_error *err);
+PyObject *py_krul_raise(py_krul_state *state, const krul_error *err);
 
 /* The backend of that name (a str or None for the module's own choice); NULL with an exception. */
-const krul_backend *
-py_krul_backend(py_krul_state *state, PyObject *name);
+const krul_backend *py_krul_backend(py_krul_state *state, PyObject *name);
 
 /* An array borrowed from Python. */
 typedef struct py_krul_borrowed {
-    krul_view view;    /* the array's dimensions last, ones before them */
-    int n_dims;        /* of the array itself */
+    krul_view view; /* the array's dimensions last, ones before them */
+    int n_dims; /* of the array itself */
     PyObject *capsule; /* owned, or NULL */
-    Py_buffer buffer;  /* in use when buffer.obj is not NULL */
+    Py_buffer buffer; /* in use when buffer.obj is not NULL */
 } py_krul_borrowed;
 
 /* Borrow an array of float32, float16 or bfloat16 with at most four dimensions, by DLPack or else by
  * the buffer protocol. Foreign code may run. `name` is the argument's name in messages. Returns 0,
  * or -1 with an exception; *out is zeroed first, so that releasing it is always right. */
-int
-py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is_output,
-               py_krul_borrowed *out);
+int py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is_output,
+                   py_krul_borrowed *out);
 
 /* Give it back; with the GIL. A zeroed one is allowed, and it is zeroed again. */
-void
-py_krul_release(py_krul_borrowed *borrowed);
+void py_krul_release(py_krul_borrowed *borrowed);
 
 /* A store entry from the tuple of 14 integers that store_read_head gives, in the order of
  * krul_store_entry's fields. Returns 0, or -1 with a TypeError or ValueError. */
-int
-py_krul_entry_from_tuple(PyObject *tuple, krul_store_entry *out);
+int py_krul_entry_from_tuple(PyObject *tuple, krul_store_entry *out);
 
 /* Method tables, one per concept, ended by a zero entry. */
 extern PyMethodDef py_entropy_methods[];

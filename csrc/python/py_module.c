@@ -37,10 +37,9 @@ backends(PyObject *module, PyObject *Py_UNUSED(ignored))
     PyObject *list = PyList_New(0);
     for (int i = 0; list != NULL && i < krul_backend_count(); i++) {
         const krul_backend *backend = krul_backend_at(i);
-        PyObject *item =
-            Py_BuildValue("(sNN)", krul_backend_name(backend),
-                          PyBool_FromLong(krul_backend_is_usable(backend)),
-                          PyBool_FromLong(backend == py_krul_state_of(module)->backend));
+        PyObject *item = Py_BuildValue(
+            "(sNN)", krul_backend_name(backend), PyBool_FromLong(krul_backend_is_usable(backend)),
+            PyBool_FromLong(backend == py_krul_state_of(module)->backend));
         if (item == NULL || PyList_Append(list, item) != 0) {
             Py_CLEAR(list);
         }
@@ -110,15 +109,14 @@ module_exec(PyObject *module)
         py_krul_raise(state, &err);
         return -1;
     }
-    PyMethodDef *tables[] = {module_methods,      py_estimator_methods,  py_selector_methods,
-                             py_entropy_methods,  py_compressor_methods, py_store_methods};
+    PyMethodDef *tables[] = {module_methods,     py_estimator_methods,  py_selector_methods,
+                             py_entropy_methods, py_compressor_methods, py_store_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i]) != 0) {
             return -1;
         }
     }
-    state->restore_type =
-        (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_restore_spec, NULL);
+    state->restore_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_restore_spec, NULL);
     return state->restore_type == NULL ? -1 : PyModule_AddType(module, state->restore_type);
 }
 

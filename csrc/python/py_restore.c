@@ -37,9 +37,8 @@ parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_
     memset(step, 0, sizeof *step);
     PyObject *tuple = PySequence_Tuple(item);
     PyObject *outputs = NULL;
-    if (tuple == NULL ||
-        !PyArg_ParseTuple(tuple, "iOOO;a step is (fd, payload, entry, arrays)", &step->fd, &payload,
-                          &entry, &arrays)) {
+    if (tuple == NULL || !PyArg_ParseTuple(tuple, "iOOO;a step is (fd, payload, entry, arrays)",
+                                           &step->fd, &payload, &entry, &arrays)) {
         goto done;
     }
     if (py_krul_entry_from_tuple(entry, &step->entry) != 0) {
@@ -114,8 +113,8 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     py_restore *self = (py_restore *)type->tp_alloc(type, 0);
     bool is_good = self != NULL && steps != NULL;
     if (is_good) {
-        self->arrays =
-            PyMem_Calloc((size_t)n_steps * KRUL_COMPRESSOR_MAX_VIEWS + 1, sizeof *self->arrays);
+        self->arrays = PyMem_Calloc((size_t)n_steps * KRUL_COMPRESSOR_MAX_VIEWS + 1,
+                                    sizeof *self->arrays);
         self->payloads = PyMem_Calloc((size_t)n_steps + 1, sizeof *self->payloads);
         is_good = self->arrays != NULL && self->payloads != NULL;
     }

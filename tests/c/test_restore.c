@@ -145,8 +145,7 @@ test_from_file(bool is_damaged)
     CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS, 2, &restore, &err) ==
           KRUL_STATUS_OK);
     for (int32_t layer = 0; layer < N_LAYERS; layer++) {
-        krul_status expected =
-            is_damaged && layer == 2 ? KRUL_STATUS_CORRUPT : KRUL_STATUS_OK;
+        krul_status expected = is_damaged && layer == 2 ? KRUL_STATUS_CORRUPT : KRUL_STATUS_OK;
         CHECK(krul_restore_wait(restore, layer, &err) == expected);
         CHECK(krul_restore_wait(restore, layer, NULL) == expected);
         if (expected == KRUL_STATUS_OK) {

@@ -186,8 +186,8 @@ test_backends(void)
     CHECK(strstr(err.message, "abacus") != NULL);
     for (int i = 0; i < krul_backend_count(); i++) {
         const krul_backend *listed = krul_backend_at(i);
-        krul_status expected =
-            krul_backend_is_usable(listed) ? KRUL_STATUS_OK : KRUL_STATUS_UNSUPPORTED;
+        krul_status expected = krul_backend_is_usable(listed) ? KRUL_STATUS_OK
+                                                              : KRUL_STATUS_UNSUPPORTED;
         CHECK(krul_backend_find(krul_backend_name(listed), &backend, &err) == expected);
     }
 }
