@@ -32,7 +32,7 @@ from . import harness, texts
 
 HISTORIES = (512, 1024, 2048, 4096, 7936)
 QUICK_HISTORIES = (512, 2048)
-N_PROMPT = 32
+N_PROMPT = 64
 N_SCORED = 128
 CODECS = ("exact", "int8", "int4", "share", "share+int8", "share+int4", "auto")
 IN_MEMORY, RECOMPUTE = "never left memory", "recompute"
