@@ -78,7 +78,7 @@ $(VENV)/.model: $(VENV)/.demo | build
 model: $(if $(DEMO_READY),$(VENV)/.model)
 
 demo: $(DEMO_READY) build model
-	$(PY) -m krul demo --png out/demo.png --output out/demo.json
+	$(PY) -m krul demo --png out/demo.png --work out
 
 test: $(TEST_READY) build model
 	$(RUN) $(PY) -m pytest $(PYTEST_FLAGS)
