@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _core
-from . import model as models
 from .cache import Cache
 from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
 from .estimator import Estimator
+from .fingerprint import Fingerprint, check_fingerprint
 from .hooks import attach
 from .layer import KrulLayer
+from .model import generation_model, own_layers
+from .probe import Capabilities, examine
 from .reports import RestoreReport
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, Manifest, SegmentInfo
@@ -338,7 +340,7 @@ def open_cache(
     the restore report say what was found, and `generate` recomputes the rest.
     """
     settings = Settings() if settings is None else settings
-    device = models.generation_model(model).get_input_embeddings().weight.device
+    device = generation_model(model).get_input_embeddings().weight.device
     if device.type not in ("cpu", "meta"):
         raise DeviceError(
             f"model is on {device} but this version keeps and restores caches on cpu only; "
@@ -351,11 +353,11 @@ def open_cache(
     arrival = None if manifest is None else _Arrival(conversation, manifest, settings)
     cache = None
     try:
-        capabilities, present = models.examine(model)
+        capabilities, present = examine(model)
         if capabilities.cache is not None:
             raise UnsupportedModelError(capabilities.cache)
         if manifest is not None:
-            models.check_fingerprint(_stored_fingerprint(manifest), present)
+            check_fingerprint(_stored_fingerprint(manifest), present)
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
         cache.handle = attach(model)
@@ -372,22 +374,22 @@ def open_cache(
     return cache
 
 
-def _new_cache(model: Any, settings: Settings, capabilities: models.Capabilities) -> Cache:
-    cache = Cache(model=models.generation_model(model), settings=settings)
+def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Cache:
+    cache = Cache(model=generation_model(model), settings=settings)
     if capabilities.recompute is not None:
         cache.recompute_blocker = capabilities.recompute
     if settings.estimator_rows != 0 and capabilities.observe is None:
         cache.estimator = Estimator(
-            len(models.own_layers(model)),
+            len(own_layers(model)),
             rows=settings.estimator_rows,
             n_threads=settings.n_threads,
         )
     return cache
 
 
-def _stored_fingerprint(manifest: Manifest) -> models.Fingerprint:
+def _stored_fingerprint(manifest: Manifest) -> Fingerprint:
     parts = manifest.fingerprint.get("parts", {})
-    return models.Fingerprint(manifest.fingerprint["exact"], manifest.behaviour, parts, ())
+    return Fingerprint(manifest.fingerprint["exact"], manifest.behaviour, parts, ())
 
 
 def _read_manifest(conversation: ConversationFiles) -> tuple[Manifest | None, str]:

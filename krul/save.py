@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from . import _core, guard, selector
-from . import model as models
 from .cache import Cache, Snapshot
 from .compressor import CODECS, token_runs
 from .errors import DTypeError
 from .estimator import Similarity
+from .fingerprint import Fingerprint, check_fingerprint, fingerprint
+from .model import layer_classes
 from .reports import SaveReport
 from .settings import Settings
 from .store import CommitResult, ConversationFiles, Entry, LayerLayout, Manifest, SegmentInfo
@@ -70,7 +71,7 @@ class Work:
     layouts: tuple[LayerLayout, ...]
     segments: tuple[SegmentInfo, ...]
     generation: int
-    fingerprint: models.Fingerprint | None
+    fingerprint: Fingerprint | None
     created_s: float
     similarity: Similarity | None
     similarity_reason: str
@@ -133,7 +134,7 @@ def _kept_segments(
 
 
 def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
-    groups = models.layer_classes(cache.model)
+    groups = layer_classes(cache.model)
     pairs = [
         _layer_of(state, groups[index] if index < len(groups) else -1)
         for index, state in enumerate(snapshot.layers)
@@ -673,10 +674,10 @@ def _commit(
                 },
             )
         )
-    present = models.fingerprint(work.model)
+    present = fingerprint(work.model)
     if work.fingerprint is not None:
         # The K/V were made by the model as it was then; its adapters may have been changed since.
-        models.check_fingerprint(work.fingerprint, present)
+        check_fingerprint(work.fingerprint, present)
     snapshot = work.snapshot
     manifest = Manifest(
         token_ids=snapshot.token_ids.numpy(),

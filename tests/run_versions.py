@@ -100,10 +100,10 @@ def imported(target: Path | None) -> str:
 
 _WRITE_FINGERPRINTS = """
 import json, sys, models
-from krul import model as ask
+from krul import fingerprint as prints
 out = {}
 for name in models.workable():
-    found = ask.fingerprint(models.tiny(name))
+    found = prints.fingerprint(models.tiny(name))
     out[name] = [found.exact, found.parts, found.behaviour.tolist()]
 json.dump(out, open(sys.argv[1], "w"))
 """
@@ -119,7 +119,7 @@ def fingerprints(target: Path | None, file: Path) -> dict[str, list]:
 def compare(known: dict[str, dict[str, list]]) -> list[str]:
     """Return what differs between releases though the weights are the same."""
     sys.path.insert(0, str(ROOT))
-    from krul.model import behaviour_distance, behaviour_tolerance
+    from krul.fingerprint import behaviour_distance, behaviour_tolerance
 
     problems = []
     releases = list(known)

@@ -16,7 +16,9 @@ import pytest
 import torch
 import transformers
 
+from krul import fingerprint as prints
 from krul import model as ask
+from krul import probe as probing
 from krul.errors import MismatchError, UnsupportedModelError
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -70,7 +72,7 @@ def test_families_that_this_release_lacks(record_property):
 def test_workable_family(name):
     model = models.tiny(name)
     assert ask.support(model) is None
-    capabilities = ask.probe(model)
+    capabilities = probing.probe(model)
     assert capabilities.cache is None
     if models.NOT_RECOMPUTABLE_BEFORE.get(name, (0, 0)) > models.VERSION:
         assert "depends on later tokens" in capabilities.recompute
@@ -86,7 +88,7 @@ def test_workable_family(name):
     classes = ask.layer_classes(model)
     assert [number >= 0 for number in classes] == own
 
-    found = ask.fingerprint(model)
+    found = prints.fingerprint(model)
     assert found.behaviour.shape == (256,)
     assert found.behaviour.dtype == np.float32
     assert np.isfinite(found.behaviour).all()
@@ -103,9 +105,9 @@ def test_refused_family(name):
     model = models.tiny(name)
     reason = ask.support(model)
     assert type(model).__name__ in reason
-    assert ask.probe(model) == ask.Capabilities(reason, reason, reason)
+    assert probing.probe(model) == probing.Capabilities(reason, reason, reason)
     with pytest.raises(UnsupportedModelError, match=type(model).__name__):
-        ask.fingerprint(model)
+        prints.fingerprint(model)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,9 @@ def test_layer_classes(name, classes):
 
 
 def test_layout_tells_windows_and_heads():
-    layout = ask.fingerprint(models.tiny("gemma3")).layout
-    assert layout[0] == ask.LayerShape("sliding", models.WINDOW, 2, 16, 16)
-    assert layout[1] == ask.LayerShape("full", 0, 2, 16, 16)
+    layout = prints.fingerprint(models.tiny("gemma3")).layout
+    assert layout[0] == prints.LayerShape("sliding", models.WINDOW, 2, 16, 16)
+    assert layout[1] == prints.LayerShape("full", 0, 2, 16, 16)
 
 
 @pytest.mark.parametrize("thing", [None, 3, "llama", torch.nn.Linear(2, 2)])
@@ -158,8 +160,8 @@ def test_probe_leaves_no_trace():
     registry = dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    assert ask.probe(model) == ask.Capabilities()
-    ask.fingerprint(model)
+    assert probing.probe(model) == probing.Capabilities()
+    prints.fingerprint(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == flags
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
@@ -170,21 +172,21 @@ def test_probe_leaves_no_trace():
 
 def test_second_look_runs_nothing():
     model = models.tiny("llama")
-    first = ask.probe(model), ask.fingerprint(model)
+    first = probing.probe(model), prints.fingerprint(model)
     calls = []
     model.model.register_forward_pre_hook(lambda *args: calls.append(1))
-    assert (ask.probe(model), ask.fingerprint(model)) == first
+    assert (probing.probe(model), prints.fingerprint(model)) == first
     assert calls == []
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.view(-1)[0] += 1
-    ask.probe(model)
+    probing.probe(model)
     assert len(calls) >= 3
 
 
 def test_probe_forgets_models():
     model = models.tiny("llama")
-    ask.probe(model)
-    ask.fingerprint(model)
+    probing.probe(model)
+    prints.fingerprint(model)
     n_known = len(ask._remembered)
     del model
     gc.collect()
@@ -198,14 +200,14 @@ def test_probe_from_threads_at_once():
 
     def run():
         barrier.wait()
-        results.append((ask.probe(model), ask.fingerprint(model).exact))
+        results.append((probing.probe(model), prints.fingerprint(model).exact))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [(ask.probe(expected), ask.fingerprint(expected).exact)] * 4
+    assert results == [(probing.probe(expected), prints.fingerprint(expected).exact)] * 4
 
 
 class _Leaky(torch.nn.Module):
@@ -224,7 +226,7 @@ class _Leaky(torch.nn.Module):
 def test_probe_finds_a_state_outside_the_cache():
     model = models.tiny("llama")
     model.model.layers[0].mlp = _Leaky(model.model.layers[0].mlp)
-    capabilities = ask.probe(model)
+    capabilities = probing.probe(model)
     assert capabilities.cache is not None or capabilities.recompute is not None
 
 
@@ -233,7 +235,7 @@ def test_probe_finds_attention_to_later_tokens():
     mlp = model.model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: forward(x) + x.mean(dim=1, keepdim=True)
-    capabilities = ask.probe(model)
+    capabilities = probing.probe(model)
     assert capabilities.cache is None
     assert "depends on later tokens" in capabilities.recompute
 
@@ -248,7 +250,7 @@ def test_probe_finds_layers_that_bypass_the_cache():
         return forward(*args, **kwargs)
 
     attention.forward = bypassing
-    reason = ask.probe(model).cache
+    reason = probing.probe(model).cache
     assert "layers [2] hand no K and V" in reason
 
 
@@ -259,7 +261,7 @@ def test_probe_reports_what_the_model_raises():
         raise ZeroDivisionError("no luck")
 
     model.model.layers[0].mlp.forward = failing
-    assert "ZeroDivisionError: no luck" in ask.probe(model).cache
+    assert "ZeroDivisionError: no luck" in probing.probe(model).cache
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------
@@ -269,40 +271,40 @@ def roundtrip(found):
     """Return `found` as a manifest gives it back."""
     kept = json.loads(json.dumps({"exact": found.exact, "parts": found.parts}))
     behaviour = np.frombuffer(found.behaviour.tobytes(), np.float32)
-    return ask.Fingerprint(kept["exact"], behaviour, kept["parts"], ())
+    return prints.Fingerprint(kept["exact"], behaviour, kept["parts"], ())
 
 
 def refusal(stored, present):
     with pytest.raises(MismatchError) as info:
-        ask.check_fingerprint(roundtrip(stored), present)
+        prints.check_fingerprint(roundtrip(stored), present)
     with pytest.raises(MismatchError) as direct:
-        ask.check_fingerprint(stored, present)
+        prints.check_fingerprint(stored, present)
     assert str(info.value) == str(direct.value)
     return str(info.value)
 
 
 def test_same_weights_same_fingerprint():
-    first, second = (ask.fingerprint(models.tiny("llama")) for _ in range(2))
+    first, second = (prints.fingerprint(models.tiny("llama")) for _ in range(2))
     assert first == second
     assert np.array_equal(first.behaviour, second.behaviour)
-    ask.check_fingerprint(roundtrip(first), second)
+    prints.check_fingerprint(roundtrip(first), second)
 
 
 def test_attention_implementation_is_no_difference():
-    sdpa = ask.fingerprint(models.tiny("llama", attn_implementation="sdpa"))
-    eager = ask.fingerprint(models.tiny("llama", attn_implementation="eager"))
+    sdpa = prints.fingerprint(models.tiny("llama", attn_implementation="sdpa"))
+    eager = prints.fingerprint(models.tiny("llama", attn_implementation="eager"))
     assert sdpa.exact == eager.exact
-    assert 0 < ask.behaviour_distance(sdpa.behaviour, eager.behaviour) < 1e-5
-    ask.check_fingerprint(roundtrip(sdpa), eager)
+    assert 0 < prints.behaviour_distance(sdpa.behaviour, eager.behaviour) < 1e-5
+    prints.check_fingerprint(roundtrip(sdpa), eager)
 
 
 def test_training_mode_is_no_difference(llama):
     model = copy.deepcopy(llama).train()
-    assert ask.fingerprint(model) == ask.fingerprint(llama)
+    assert prints.fingerprint(model) == prints.fingerprint(llama)
 
 
 def test_other_seed(llama):
-    words = refusal(ask.fingerprint(llama), ask.fingerprint(models.tiny("llama", seed=1)))
+    words = refusal(prints.fingerprint(llama), prints.fingerprint(models.tiny("llama", seed=1)))
     assert "weights differ" in words
     assert "stored" in words
     assert "present" in words
@@ -310,7 +312,7 @@ def test_other_seed(llama):
 
 def test_other_dtype(llama):
     model = models.tiny("llama", dtype=torch.bfloat16)
-    words = refusal(ask.fingerprint(llama), ask.fingerprint(model))
+    words = refusal(prints.fingerprint(llama), prints.fingerprint(model))
     assert "dtype differs: float32 stored, bfloat16 present" in words
     assert "weights differ" not in words
 
@@ -319,14 +321,14 @@ def test_one_changed_layer_is_named(llama):
     model = copy.deepcopy(llama)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
-    words = refusal(ask.fingerprint(llama), ask.fingerprint(model))
+    words = refusal(prints.fingerprint(llama), prints.fingerprint(model))
     assert "weights differ: model.layers.2 (" in words
     assert "layers.1" not in words
 
 
 def test_samples_visit_every_column():
     rows, columns = 256, 64
-    step = ask._step(rows * columns, columns)
+    step = prints._step(rows * columns, columns)
     assert {index * step % columns for index in range(64)} == set(range(columns))
 
 
@@ -337,12 +339,12 @@ def test_non_contiguous_parameter(llama):
         weight.detach().t().contiguous().t()
     )
     assert not model.model.layers[0].mlp.up_proj.weight.is_contiguous()
-    assert ask.fingerprint(model).exact == ask.fingerprint(llama).exact
+    assert prints.fingerprint(model).exact == prints.fingerprint(llama).exact
 
 
 def test_other_rotary_base_shows_in_behaviour_alone():
-    stored = ask.fingerprint(models.tiny("llama", **models.rope(10_000.0)))
-    present = ask.fingerprint(models.tiny("llama", **models.rope(100_000.0)))
+    stored = prints.fingerprint(models.tiny("llama", **models.rope(10_000.0)))
+    present = prints.fingerprint(models.tiny("llama", **models.rope(100_000.0)))
     assert stored.exact == present.exact
     words = refusal(stored, present)
     assert "behaviour differs: distance" in words
@@ -352,20 +354,20 @@ def test_other_rotary_base_shows_in_behaviour_alone():
 
 def test_rotary_table_changed_in_place(llama):
     model = copy.deepcopy(llama)
-    stored = ask.fingerprint(model)
+    stored = prints.fingerprint(model)
     model.model.rotary_emb.inv_freq.mul_(0.5)
-    assert "behaviour differs" in refusal(stored, ask.fingerprint(model))
+    assert "behaviour differs" in refusal(stored, prints.fingerprint(model))
 
 
 def test_other_window():
-    stored = ask.fingerprint(models.tiny("mistral"))
-    present = ask.fingerprint(models.tiny("mistral", sliding_window=12))
+    stored = prints.fingerprint(models.tiny("mistral"))
+    present = prints.fingerprint(models.tiny("mistral", sliding_window=12))
     words = refusal(stored, present)
     assert "layer layout differs: 0-3: sliding 8 2x16/16 stored, 0-3: sliding 12 2x16/16" in words
 
 
 def test_other_family(llama):
-    words = refusal(ask.fingerprint(llama), ask.fingerprint(models.tiny("gpt2")))
+    words = refusal(prints.fingerprint(llama), prints.fingerprint(models.tiny("gpt2")))
     assert "layer layout differs" in words
 
 
@@ -375,50 +377,50 @@ def test_other_family(llama):
     ids=["empty", "number", "null", "long", "unknown"],
 )
 def test_odd_stored_parts(llama, parts):
-    present = ask.fingerprint(llama)
-    odd = ask.Fingerprint("0" * 64, present.behaviour, parts, ())
+    present = prints.fingerprint(llama)
+    odd = prints.Fingerprint("0" * 64, present.behaviour, parts, ())
     with pytest.raises(MismatchError, match="stored by another model: ") as info:
-        ask.check_fingerprint(odd, present)
+        prints.check_fingerprint(odd, present)
     assert 60 < len(str(info.value)) < 1000
 
 
 def test_exact_alone_is_enough_to_refuse(llama):
-    present = ask.fingerprint(llama)
-    bare = ask.Fingerprint("0" * 64, present.behaviour, present.parts, ())
+    present = prints.fingerprint(llama)
+    bare = prints.Fingerprint("0" * 64, present.behaviour, present.parts, ())
     with pytest.raises(MismatchError, match=f"{'0' * 64} stored and {present.exact} present"):
-        ask.check_fingerprint(bare, present)
+        prints.check_fingerprint(bare, present)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_behaviour_is_refused(llama, bad):
-    present = ask.fingerprint(llama)
+    present = prints.fingerprint(llama)
     numbers = present.behaviour.copy()
     numbers[7] = bad
-    stored = ask.Fingerprint(present.exact, numbers, present.parts, ())
+    stored = prints.Fingerprint(present.exact, numbers, present.parts, ())
     with pytest.raises(MismatchError, match="distance inf"):
-        ask.check_fingerprint(stored, present)
+        prints.check_fingerprint(stored, present)
 
 
 def test_behaviour_distance():
     numbers = np.linspace(-1, 1, 256)
-    assert ask.behaviour_distance(numbers, numbers) == 0
-    assert ask.behaviour_distance(numbers, 1.01 * numbers) == pytest.approx(0.01 / 1.01)
-    assert ask.behaviour_distance(np.zeros(256), np.zeros(256)) == 0
+    assert prints.behaviour_distance(numbers, numbers) == 0
+    assert prints.behaviour_distance(numbers, 1.01 * numbers) == pytest.approx(0.01 / 1.01)
+    assert prints.behaviour_distance(np.zeros(256), np.zeros(256)) == 0
     with pytest.raises(ValueError, match=r"present is \(255,\)"):
-        ask.behaviour_distance(numbers, numbers[1:])
+        prints.behaviour_distance(numbers, numbers[1:])
 
 
 def test_weights_that_are_nowhere(llama):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(models.config_of("llama"))
     with pytest.raises(UnsupportedModelError, match="on the device 'meta'"):
-        ask.fingerprint(model)
+        prints.fingerprint(model)
 
 
 def test_exact_part_is_fast(llama):
     """A loose bound, to catch a copy of the weights; the figure is in the benchmarks."""
-    ask.fingerprint(llama)
-    best = min(_timed(lambda: ask.fingerprint(llama)) for _ in range(20))
+    prints.fingerprint(llama)
+    best = min(_timed(lambda: prints.fingerprint(llama)) for _ in range(20))
     assert best < 0.03
 
 
@@ -430,8 +432,8 @@ def _timed(function):
 
 def test_same_in_another_process(llama):
     code = (
-        "import sys, models; from krul import model as ask\n"
-        "f = ask.fingerprint(models.tiny('llama'))\n"
+        "import sys, models; from krul import fingerprint as prints\n"
+        "f = prints.fingerprint(models.tiny('llama'))\n"
         "print(f.exact); print(f.behaviour.tobytes().hex())"
     )
     here = os.path.dirname(os.path.abspath(__file__))
@@ -445,7 +447,7 @@ def test_same_in_another_process(llama):
         timeout=300,
     )
     exact, behaviour = done.stdout.split("\n")[:2]
-    found = ask.fingerprint(llama)
+    found = prints.fingerprint(llama)
     assert exact == found.exact
     assert bytes.fromhex(behaviour) == found.behaviour.tobytes()
 
@@ -469,50 +471,50 @@ def adapted():
 @needs_peft
 def test_lora_is_a_part_of_the_fingerprint(adapted, llama):
     assert ask.support(adapted) is None
-    assert ask.probe(adapted).cache is None
-    base, active = ask.fingerprint(llama), ask.fingerprint(adapted)
+    assert probing.probe(adapted).cache is None
+    base, active = prints.fingerprint(llama), prints.fingerprint(adapted)
     words = refusal(base, active)
     assert "adapter state differs: none stored, default " in words
     assert "weights differ" not in words
     with adapted.disable_adapter():
-        assert ask.fingerprint(adapted) == base
-    assert ask.fingerprint(adapted) == active
+        assert prints.fingerprint(adapted) == base
+    assert prints.fingerprint(adapted) == active
 
 
 @needs_peft
 def test_lora_scaling_is_a_part(adapted):
-    stored = ask.fingerprint(adapted)
+    stored = prints.fingerprint(adapted)
     for module in adapted.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] *= 0.01
-    assert "adapter state differs" in refusal(stored, ask.fingerprint(adapted))
+    assert "adapter state differs" in refusal(stored, prints.fingerprint(adapted))
 
 
 @needs_peft
 def test_second_adapter(adapted):
     import peft
 
-    stored = ask.fingerprint(adapted)
+    stored = prints.fingerprint(adapted)
     adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert ask.fingerprint(adapted) == stored
+    assert prints.fingerprint(adapted) == stored
     adapted.set_adapter("other")
-    words = refusal(stored, ask.fingerprint(adapted))
+    words = refusal(stored, prints.fingerprint(adapted))
     assert "default " in words
     assert "other " in words
 
 
 @needs_peft
 def test_merged_lora_is_other_weights(adapted, llama):
-    active = ask.fingerprint(adapted)
+    active = prints.fingerprint(adapted)
     adapted.merge_adapter()
-    merged = ask.fingerprint(adapted)
+    merged = prints.fingerprint(adapted)
     words = refusal(active, merged)
     assert "adapter state differs" in words
     assert "weights differ" in words
     adapted.unmerge_adapter()
     plain = copy.deepcopy(adapted).merge_and_unload()
-    assert ask.fingerprint(plain).parts["adapters"] == "none"
-    assert "weights differ" in refusal(ask.fingerprint(llama), ask.fingerprint(plain))
+    assert prints.fingerprint(plain).parts["adapters"] == "none"
+    assert "weights differ" in refusal(prints.fingerprint(llama), prints.fingerprint(plain))
 
 
 @needs_peft
@@ -532,5 +534,5 @@ def test_offloaded_weights_are_read_where_they_are(llama):
 
     model = accelerate.cpu_offload(copy.deepcopy(llama), execution_device=torch.device("cpu"))
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
-    assert ask.probe(model).cache is None
-    assert ask.fingerprint(model) == ask.fingerprint(llama)
+    assert probing.probe(model).cache is None
+    assert prints.fingerprint(model) == prints.fingerprint(llama)
