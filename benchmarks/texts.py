@@ -19,7 +19,7 @@ SOURCES = ("python", "debian")
 
 _TOPICS = ("formatstrings", "debugger", "typesmapping", "execmodel", "import", "string-methods")
 _MODULES = ("argparse", "tarfile", "logging", "typing")
-_PACKAGES = ("torch", "transformers", "hypothesis", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "tqdm")
 _PERL_PAGES = ("perlfaq4", "perlretut", "perlipc")
 _BIBLE_RANGES = ("gen1:1-12:20", "ex1:1-10:29", "ruth1:1-4:22", "mark1:1-9:50")
 
