@@ -9,87 +9,26 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import _core, guard, selector
-from .cache import Cache, Snapshot
-from .compressor import CODECS, token_runs
+from . import _core, guard
+from .cache import Cache
+from .compressor import CODECS
+from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work
 from .errors import DTypeError
-from .estimator import Similarity
-from .fingerprint import Fingerprint, check_fingerprint, fingerprint
+from .fingerprint import check_fingerprint, fingerprint
+from .history import Snapshot
 from .model import layer_classes
 from .reports import SaveReport
-from .settings import Settings
-from .store import CommitResult, ConversationFiles, Entry, LayerLayout, Manifest, SegmentInfo
+from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
+from .strategy import strategies, summary
 
 __all__ = ["save_cache"]
 
-KEY, VALUE = 0, 1
-_BLOCK = _core.store_constants()["ENTRY_BLOCK"]
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_DTYPE_NUMBERS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# Sharing is tried by itself only where a sample of the tokens shows it to cost no more than int4.
-_SHARE_SAMPLE_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's K/V at the moment of saving: views, never copies.
-
-    Attributes
-    ----------
-    kind : str
-        ``"full"`` or ``"sliding"``.
-    tensors : tuple of torch.Tensor
-        Keys and values, shape (n_batch, n_kv_heads, n_held, head_dim).
-    token_start : int
-        Position of the first token held; above 0 for a sliding window that has moved on.
-    group : int
-        Layers of one number may share: same rotary base, window and shapes.
-    """
-
-    kind: str
-    tensors: tuple[torch.Tensor, torch.Tensor]
-    token_start: int
-    group: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be saved, and what the store has of it already."""
-
-    conversation: ConversationFiles
-    model: Any
-    settings: Settings
-    snapshot: Snapshot
-    layers: tuple[Layer | None, ...]
-    layouts: tuple[LayerLayout, ...]
-    segments: tuple[SegmentInfo, ...]
-    generation: int
-    fingerprint: Fingerprint | None
-    created_s: float
-    similarity: Similarity | None
-    similarity_reason: str
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in the conversation."""
-        return self.snapshot.n_tokens
-
-    @property
-    def n_stored_tokens(self) -> int:
-        """Tokens that the kept segments hold."""
-        return sum(segment.n_tokens for segment in self.segments)
-
-    @property
-    def n_new_tokens(self) -> int:
-        """Tokens that no kept segment holds."""
-        return self.n_tokens - self.n_stored_tokens
 
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
@@ -165,253 +104,13 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
     )
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A codec for K and for V of each layer, and the pairs that share.
-
-    A layer in a pair has the pair's codec in both places.
-    """
-
-    codecs: tuple[tuple[str, str], ...]
-    pairs: tuple[tuple[int, int], ...] = ()
-
-    def is_exact(self) -> bool:
-        """Whether nothing is lost."""
-        return all(codec == "exact" for pair in self.codecs for codec in pair)
-
-    def names(self) -> tuple[str, ...]:
-        """Name the codec of each layer, K and V apart where they differ."""
-        return tuple(k if k == v else f"{k}/{v}" for k, v in self.codecs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values for the manifest."""
-        return {
-            "codecs": [list(pair) for pair in self.codecs],
-            "pairs": [list(p) for p in self.pairs],
-        }
-
-
-@dataclass
-class _Encoded:
-    """One block as it will be stored."""
-
-    entry: Entry
-    payload: bytes
-    error: float
-    power: float
-
-
-@dataclass
-class _Encoder:
-    """Encodes blocks and remembers them, so that stepping up one layer encodes one layer."""
-
-    work: Work
-    blocks: dict[tuple[str, int, int, int, int], list[_Encoded]] = field(default_factory=dict)
-
-    def token_range(self, layer: int) -> tuple[int, int]:
-        """Tokens of a layer that this save writes: the new ones, or all that a window holds."""
-        state = self.work.layers[layer]
-        assert state is not None
-        start = state.token_start
-        if state.kind == "full":
-            start = max(start, self.work.n_stored_tokens)
-        return start, self.work.n_tokens
-
-    def tensor(self, layer: int, kv: int, start: int, end: int) -> torch.Tensor:
-        """Return a view of a layer's K or V of the tokens [start, end) of the conversation."""
-        state = self.work.layers[layer]
-        assert state is not None
-        first = state.token_start
-        return state.tensors[kv][:, :, start - first : end - first]
-
-    def runs(self, layer: int, kv: int) -> list[tuple[int, int]]:
-        """Cut a layer's new tokens into blocks; the first tokens are a block of their own."""
-        start, end = self.token_range(layer)
-        tensor = self.tensor(layer, kv, start, end)
-        bytes_per_token = tensor[:, :, :1].numel() * tensor.element_size()
-        return token_runs(start, end, bytes_per_token, self.work.settings.keep_first)
-
-    def encode(self, strategy: Strategy, only_first_tokens: int | None = None) -> list[_Encoded]:
-        """Encode all blocks of a strategy that are not yet at hand; in the order of the file."""
-        partner = dict(strategy.pairs) | {upper: lower for lower, upper in strategy.pairs}
-        wanted: list[tuple[str, int, int, int, int]] = []
-        for layer, state in enumerate(self.work.layers):
-            if state is None or partner.get(layer, layer) < layer:
-                continue
-            for kv in (KEY, VALUE):
-                for start, end in self.runs(layer, kv):
-                    keep = end <= self.work.settings.keep_first
-                    codec = "exact" if keep else strategy.codecs[layer][kv]
-                    upper = partner.get(layer, -1)
-                    if codec.startswith("share"):
-                        wanted.append((codec, kv, layer, upper, start))
-                    else:
-                        # A pair's exact tokens are stored layer by layer, where readers look.
-                        wanted += [
-                            (codec, kv, each, -1, start) for each in (layer, upper) if each >= 0
-                        ]
-        missing = [key for key in dict.fromkeys(wanted) if key not in self.blocks]
-        self._encode_missing(missing)
-        encoded = [block for key in wanted for block in self.blocks[key]]
-        return sorted(encoded, key=lambda block: _file_order(block.entry))
-
-    def _encode_missing(self, keys: list[tuple[str, int, int, int, int]]) -> None:
-        jobs, entries = [], []
-        for codec, kv, lower, upper, start in keys:
-            end = next(e for s, e in self.runs(lower, kv) if s == start)
-            tensors = tuple(
-                self.tensor(layer, kv, start, end) for layer in (lower, upper) if layer >= 0
-            )
-            n_batch, n_heads, n_tokens, head_dim = tensors[0].shape
-            jobs.append((CODECS[codec], kv, tensors))
-            entries.append(
-                Entry(
-                    kind=_BLOCK,
-                    codec=CODECS[codec],
-                    kv=kv,
-                    dtype=_DTYPE_NUMBERS[tensors[0].dtype],
-                    layer_lower=lower,
-                    layer_upper=upper,
-                    n_batch=n_batch,
-                    n_heads=n_heads,
-                    head_dim=head_dim,
-                    token_start=start,
-                    n_tokens=n_tokens,
-                    offset=0,
-                    payload_bytes=0,
-                    payload_crc32c=0,
-                )
-            )
-        results = _core.encode_blocks(jobs, self.work.settings.n_threads)
-        for key, entry, (payload, used, error, power) in zip(keys, entries, results, strict=True):
-            entry = entry._replace(codec=used, payload_bytes=len(payload))
-            self.blocks[key] = [_Encoded(entry, payload, error, power)]
-
-    def errors(self, codec: str) -> dict[tuple[int, int], tuple[float, int]]:
-        """Relative squared error and bytes of each (layer, kv) under a codec of single layers."""
-        sums: dict[tuple[int, int], list[float]] = {}
-        for block in self.encode(self.uniform(codec)):
-            entry = block.entry
-            total = sums.setdefault((entry.layer_lower, entry.kv), [0.0, 0.0, 0])
-            total[0] += block.error
-            total[1] += block.power
-            total[2] += entry.payload_bytes
-        return {
-            key: (error / power if power > 0 else 0.0, int(n_bytes))
-            for key, (error, power, n_bytes) in sums.items()
-        }
-
-    def uniform(self, codec: str) -> Strategy:
-        """Return the strategy that codes every layer alike."""
-        return Strategy(((codec, codec),) * len(self.work.layers))
-
-
-def _file_order(entry: Entry) -> tuple[int, int, int]:
-    return entry.layer_lower, entry.kv, entry.token_start
-
-
-# ---- strategies, coarse to fine ------------------------------------------------------------------
-
-
-def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
-    """Pairs of layers that share, by the paper's rule; fixed ones where nothing was observed."""
-    layers, settings = work.layers, work.settings
-    n_layers = len(layers)
-    groups = [-1 - i if state is None else state.group for i, state in enumerate(layers)]
-    n_pairs = selector.pair_count(n_layers, settings.share_ratio)
-    if work.similarity is None:
-        notes.append(f"fixed pairs: {work.similarity_reason}")
-        pairs = selector.fixed_pairs(groups, n_pairs)
-    else:
-        n_sensitive = settings.n_sensitive_layers
-        pairs = selector.choose_pairs(
-            work.similarity.distances,
-            work.similarity.importance.sum(axis=1),
-            groups,
-            math.ceil(0.2 * n_layers) if n_sensitive is None else min(n_sensitive, n_layers),
-            n_pairs,
-        )
-    return tuple((int(lower), int(upper)) for lower, upper in pairs)
-
-
-def _with_sharing(base: Strategy, pairs: tuple[tuple[int, int], ...], codec: str) -> Strategy:
-    codecs = list(base.codecs)
-    for pair in pairs:
-        for layer in pair:
-            codecs[layer] = (codec, codec)
-    return Strategy(tuple(codecs), pairs)
-
-
-def _pairs_worth_sharing(
-    encoder: _Encoder, pairs: tuple[tuple[int, int], ...], int4_errors: dict[tuple[int, int], Any]
-) -> tuple[tuple[int, int], ...]:
-    """Pairs whose sharing, on a sample of tokens, costs no more error than int4 alone."""
-    jobs, keys = [], []
-    for pair in pairs:
-        start, end = encoder.token_range(pair[0])
-        start = min(max(start, encoder.work.settings.keep_first), end)
-        for kv in (KEY, VALUE):
-            tensors = tuple(
-                encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS))
-                for layer in pair
-            )
-            jobs.append((CODECS["share+int4"], kv, tensors))
-            keys.append((pair, kv))
-    good = dict.fromkeys(pairs, True)
-    results = _core.encode_blocks(jobs, encoder.work.settings.n_threads)
-    for (pair, kv), (_, used, error, power) in zip(keys, results, strict=True):
-        limit = max(int4_errors[layer, kv][0] for layer in pair)
-        relative = error / power if power > 0 else 0.0
-        good[pair] &= used == CODECS["share+int4"] and relative <= limit
-    return tuple(pair for pair in pairs if good[pair])
-
-
-def _strategies(encoder: _Encoder, notes: list[str]) -> Iterator[Strategy]:
-    """Yield what may be tried, each finer than the one before; the last is exact."""
-    work = encoder.work
-    wanted = work.settings.codec
-    exact, int8, int4 = (encoder.uniform(codec) for codec in ("exact", "int8", "int4"))
-    if wanted == "auto":
-        int4_errors = encoder.errors("int4")
-        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), int4_errors)
-        if pairs:
-            yield _with_sharing(int4, pairs, "share+int4")
-        yield int4
-        # The half of the tensors that gains most per byte goes to int8 first.
-        int8_errors = encoder.errors("int8")
-        gain = {
-            key: (error - int8_errors[key][0]) / max(1, int8_errors[key][1] - n_bytes)
-            for key, (error, n_bytes) in int4_errors.items()
-        }
-        finer = set(sorted(gain, key=lambda key: (-gain[key], key))[: (len(gain) + 1) // 2])
-        codecs = [list(pair) for pair in int4.codecs]
-        for layer, kv in finer:
-            codecs[layer][kv] = "int8"
-        yield Strategy(tuple((k, v) for k, v in codecs))
-        yield int8
-    elif wanted.startswith("share"):
-        pairs = _choose_pairs(work, notes)
-        base = {"share": exact, "share+int8": int8, "share+int4": int4}[wanted]
-        yield _with_sharing(base, pairs, wanted)
-        if base is int4:
-            yield int4
-        if base is not exact:
-            yield int8
-    elif wanted == "int4":
-        yield int4
-        yield int8
-    elif wanted == "int8":
-        yield int8
-    yield exact
-
-
 # ---- the guard's two caches ----------------------------------------------------------------------
 
 
 class _Decoder:
     """K/V of a layer as it would come back: kept segments from disk, new blocks from memory."""
 
-    def __init__(self, work: Work, encoded: list[_Encoded]) -> None:
+    def __init__(self, work: Work, encoded: list[Encoded]) -> None:
         self.work = work
         self.new = [(block.entry, block.payload) for block in encoded]
         self.stored: list[tuple[int, list[Entry]]] = [
@@ -473,7 +172,7 @@ class _Decoder:
         return out
 
 
-def _n_guard(work: Work) -> int:
+def n_guard_tokens(work: Work) -> int:
     """How many tokens the guard can run so that half of the new ones lie before them."""
     n_guard = min(work.settings.guard_tokens, work.n_new_tokens // 2, work.n_tokens - 1)
     for state in work.layers:
@@ -482,7 +181,7 @@ def _n_guard(work: Work) -> int:
     return n_guard
 
 
-def _measure(work: Work, encoded: list[_Encoded], n_guard: int) -> guard.Verdict:
+def measure_loss(work: Work, encoded: list[Encoded], n_guard: int) -> guard.Verdict:
     n_before = work.n_tokens - n_guard
     decoder = _Decoder(work, encoded)
     exact: list[Any] = []
@@ -513,7 +212,7 @@ def _measure(work: Work, encoded: list[_Encoded], n_guard: int) -> guard.Verdict
         decoder.close()
 
 
-def _check_bits(work: Work, encoder: _Encoder, encoded: list[_Encoded]) -> None:
+def check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
     """Decode what claims to be exact and compare it bit for bit with what was encoded."""
     for block in encoded:
         entry = block.entry
@@ -538,23 +237,23 @@ def _check_bits(work: Work, encoder: _Encoder, encoded: list[_Encoded]) -> None:
 
 def _select(
     work: Work, seconds: dict[str, float], notes: list[str]
-) -> tuple[Strategy, list[_Encoded], guard.Verdict]:
+) -> tuple[Strategy, list[Encoded], guard.Verdict]:
     """Encode with the coarsest strategy that the guard accepts."""
     settings = work.settings
-    encoder = _Encoder(work)
-    n_guard = _n_guard(work) if settings.guard_tokens else 0
+    encoder = Encoder(work)
+    n_guard = n_guard_tokens(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
-    strategies = _strategies(encoder, notes)
+    candidates = strategies(encoder, notes)
     while True:
         started = time.perf_counter()
-        strategy = next(strategies)
+        strategy = next(candidates)
         if settings.guard_tokens and n_guard < 1 and not strategy.is_exact():
             continue
         encoded = encoder.encode(strategy)
         seconds["encode"] += time.perf_counter() - started
         started = time.perf_counter()
         if strategy.is_exact():
-            _check_bits(work, encoder, encoded)
+            check_bits(work, encoder, encoded)
             seconds["guard"] += time.perf_counter() - started
             if settings.guard_tokens and n_guard < 1 and settings.codec != "exact":
                 notes.append(f"{work.n_new_tokens} new tokens are too few to measure: exact")
@@ -562,19 +261,14 @@ def _select(
         if not settings.guard_tokens:
             notes.append("the guard is off: nothing was measured")
             return strategy, encoded, nothing
-        verdict = _measure(work, encoded, n_guard)
+        verdict = measure_loss(work, encoded, n_guard)
         seconds["guard"] += time.perf_counter() - started
         if verdict.accepts(settings.max_kl, settings.min_top1):
             return strategy, encoded, verdict
         notes.append(
-            f"{_summary(strategy)} refused: mean KL {verdict.mean_kl:.4f} (at most "
+            f"{summary(strategy)} refused: mean KL {verdict.mean_kl:.4f} (at most "
             f"{settings.max_kl:g}), top-1 {verdict.top1:.3f} (at least {settings.min_top1:g})"
         )
-
-
-def _summary(strategy: Strategy) -> str:
-    names = [name for pair in strategy.codecs for name in pair]
-    return ", ".join(f"{name} x {names.count(name)}" for name in dict.fromkeys(names))
 
 
 def _kv_elements(work: Work) -> tuple[int, int]:
@@ -618,7 +312,7 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     if work.n_new_tokens > 0:
         strategy, encoded, verdict = _select(work, seconds, notes)
     else:
-        strategy = _Encoder(work).uniform("exact")
+        strategy = Encoder(work).uniform("exact")
         encoded, verdict = [], guard.Verdict(math.nan, math.nan, math.nan, 0)
         notes.append("no new tokens: only the record of the history changed")
     fallen = sum(
@@ -656,7 +350,7 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
 
 
 def _commit(
-    work: Work, strategy: Strategy, encoded: list[_Encoded], verdict: guard.Verdict
+    work: Work, strategy: Strategy, encoded: list[Encoded], verdict: guard.Verdict
 ) -> CommitResult:
     segments = list(work.segments)
     if encoded:

@@ -1,0 +1,114 @@
+"""Which codec for which layer: what a save may try, each strategy finer than the one before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from . import _core, selector
+from .compressor import CODECS
+from .encode import KEY, VALUE, Encoder, Strategy, Work
+
+__all__ = ["strategies", "summary"]
+
+# Sharing is tried by itself only where a sample of the tokens shows it to cost no more than int4.
+_SHARE_SAMPLE_TOKENS = 512
+
+
+def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers that share, by the paper's rule; fixed ones where nothing was observed."""
+    layers, settings = work.layers, work.settings
+    n_layers = len(layers)
+    groups = [-1 - i if state is None else state.group for i, state in enumerate(layers)]
+    n_pairs = selector.pair_count(n_layers, settings.share_ratio)
+    if work.similarity is None:
+        notes.append(f"fixed pairs: {work.similarity_reason}")
+        pairs = selector.fixed_pairs(groups, n_pairs)
+    else:
+        n_sensitive = settings.n_sensitive_layers
+        pairs = selector.choose_pairs(
+            work.similarity.distances,
+            work.similarity.importance.sum(axis=1),
+            groups,
+            math.ceil(0.2 * n_layers) if n_sensitive is None else min(n_sensitive, n_layers),
+            n_pairs,
+        )
+    return tuple((int(lower), int(upper)) for lower, upper in pairs)
+
+
+def _with_sharing(base: Strategy, pairs: tuple[tuple[int, int], ...], codec: str) -> Strategy:
+    codecs = list(base.codecs)
+    for pair in pairs:
+        for layer in pair:
+            codecs[layer] = (codec, codec)
+    return Strategy(tuple(codecs), pairs)
+
+
+def _pairs_worth_sharing(
+    encoder: Encoder, pairs: tuple[tuple[int, int], ...], int4_errors: dict[tuple[int, int], Any]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs whose sharing, on a sample of tokens, costs no more error than int4 alone."""
+    jobs, keys = [], []
+    for pair in pairs:
+        start, end = encoder.token_range(pair[0])
+        start = min(max(start, encoder.work.settings.keep_first), end)
+        for kv in (KEY, VALUE):
+            tensors = tuple(
+                encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS))
+                for layer in pair
+            )
+            jobs.append((CODECS["share+int4"], kv, tensors))
+            keys.append((pair, kv))
+    good = dict.fromkeys(pairs, True)
+    results = _core.encode_blocks(jobs, encoder.work.settings.n_threads)
+    for (pair, kv), (_, used, error, power) in zip(keys, results, strict=True):
+        limit = max(int4_errors[layer, kv][0] for layer in pair)
+        relative = error / power if power > 0 else 0.0
+        good[pair] &= used == CODECS["share+int4"] and relative <= limit
+    return tuple(pair for pair in pairs if good[pair])
+
+
+def strategies(encoder: Encoder, notes: list[str]) -> Iterator[Strategy]:
+    """Yield what may be tried, each finer than the one before; the last is exact."""
+    work = encoder.work
+    wanted = work.settings.codec
+    exact, int8, int4 = (encoder.uniform(codec) for codec in ("exact", "int8", "int4"))
+    if wanted == "auto":
+        int4_errors = encoder.errors("int4")
+        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), int4_errors)
+        if pairs:
+            yield _with_sharing(int4, pairs, "share+int4")
+        yield int4
+        # The half of the tensors that gains most per byte goes to int8 first.
+        int8_errors = encoder.errors("int8")
+        gain = {
+            key: (error - int8_errors[key][0]) / max(1, int8_errors[key][1] - n_bytes)
+            for key, (error, n_bytes) in int4_errors.items()
+        }
+        finer = set(sorted(gain, key=lambda key: (-gain[key], key))[: (len(gain) + 1) // 2])
+        codecs = [list(pair) for pair in int4.codecs]
+        for layer, kv in finer:
+            codecs[layer][kv] = "int8"
+        yield Strategy(tuple((k, v) for k, v in codecs))
+        yield int8
+    elif wanted.startswith("share"):
+        pairs = _choose_pairs(work, notes)
+        base = {"share": exact, "share+int8": int8, "share+int4": int4}[wanted]
+        yield _with_sharing(base, pairs, wanted)
+        if base is int4:
+            yield int4
+        if base is not exact:
+            yield int8
+    elif wanted == "int4":
+        yield int4
+        yield int8
+    elif wanted == "int8":
+        yield int8
+    yield exact
+
+
+def summary(strategy: Strategy) -> str:
+    """Return a strategy in a few words: each codec and how many tensors have it."""
+    names = [name for pair in strategy.codecs for name in pair]
+    return ", ".join(f"{name} x {names.count(name)}" for name in dict.fromkeys(names))
