@@ -144,7 +144,8 @@ class Bench:
         harness.check(ids.shape[1] == n_tokens + N_SCORED, f"{kind} has only {ids.shape[1]} tokens")
         layers, paper = self.read(ids[:, :n_tokens])
         n_layers = len(layers)
-        fixed = tuple(map(tuple, krul.selector.fixed_pairs([0] * n_layers, N_PAIRS)))
+        found = krul.selector.fixed_pairs([0] * n_layers, N_PAIRS)
+        fixed = tuple((int(lower), int(upper)) for lower, upper in found)
         expected = self.scored_logits(layers, ids)
         about = {"n_tokens": n_tokens, "text": kind}
 
