@@ -12,14 +12,19 @@ from .compressor import CODECS, token_runs
 from .estimator import Similarity
 from .fingerprint import Fingerprint
 from .history import Snapshot
+from .manifest import DTYPE_NUMBERS
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, SegmentInfo
 
-__all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Layer", "Strategy", "Work"]
+__all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Layer", "Strategy", "Work", "dtype_name"]
 
 KEY, VALUE = 0, 1
 _BLOCK = _core.store_constants()["ENTRY_BLOCK"]
-_DTYPE_NUMBERS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Name a tensor's dtype as manifests do: ``"float32"`` for ``torch.float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Encoder:
     """Encodes blocks and remembers them, so that stepping up one layer encodes one layer."""
 
     work: Work
-    blocks: dict[tuple[str, int, int, int, int], list[Encoded]] = field(default_factory=dict)
+    blocks: dict[tuple[str, int, int, int, int], Encoded] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
         """Tokens of a layer that this save writes: the new ones, or all that a window holds."""
@@ -143,7 +148,7 @@ class Encoder:
         bytes_per_token = tensor[:, :, :1].numel() * tensor.element_size()
         return token_runs(start, end, bytes_per_token, self.work.settings.keep_first)
 
-    def encode(self, strategy: Strategy, only_first_tokens: int | None = None) -> list[Encoded]:
+    def encode(self, strategy: Strategy) -> list[Encoded]:
         """Encode all blocks of a strategy that are not yet at hand; in the order of the file."""
         partner = dict(strategy.pairs) | {upper: lower for lower, upper in strategy.pairs}
         wanted: list[tuple[str, int, int, int, int]] = []
@@ -164,8 +169,9 @@ class Encoder:
                         ]
         missing = [key for key in dict.fromkeys(wanted) if key not in self.blocks]
         self._encode_missing(missing)
-        encoded = [block for key in wanted for block in self.blocks[key]]
-        return sorted(encoded, key=lambda block: _file_order(block.entry))
+        return sorted(
+            (self.blocks[key] for key in wanted), key=lambda block: _file_order(block.entry)
+        )
 
     def _encode_missing(self, keys: list[tuple[str, int, int, int, int]]) -> None:
         jobs, entries = [], []
@@ -181,7 +187,7 @@ class Encoder:
                     kind=_BLOCK,
                     codec=CODECS[codec],
                     kv=kv,
-                    dtype=_DTYPE_NUMBERS[tensors[0].dtype],
+                    dtype=DTYPE_NUMBERS[dtype_name(tensors[0])],
                     layer_lower=lower,
                     layer_upper=upper,
                     n_batch=n_batch,
@@ -197,7 +203,7 @@ class Encoder:
         results = _core.encode_blocks(jobs, self.work.settings.n_threads)
         for key, entry, (payload, used, error, power) in zip(keys, entries, results, strict=True):
             entry = entry._replace(codec=used, payload_bytes=len(payload))
-            self.blocks[key] = [Encoded(entry, payload, error, power)]
+            self.blocks[key] = Encoded(entry, payload, error, power)
 
     def errors(self, codec: str) -> dict[tuple[int, int], tuple[float, int]]:
         """Relative squared error and bytes of each (layer, kv) under a codec of single layers."""

@@ -42,7 +42,7 @@ _MAX_FINGERPRINT_CHARACTERS = 1024
 _MAX_SEGMENTS = 1 << 16
 MAX_GENERATION = 1 << 53
 
-_DTYPE_NUMBERS = {"float32": 1, "float16": 2, "bfloat16": 3}
+DTYPE_NUMBERS = {"float32": 1, "float16": 2, "bfloat16": 3}
 _LAYER_KINDS = ("full", "sliding", "none")
 
 
@@ -68,6 +68,16 @@ class Entry(NamedTuple):
     offset: int = 0
     payload_bytes: int = 0
     payload_crc32c: int = 0
+
+    def holds(self, layer: int, kv: int) -> bool:
+        """Whether this is a block of a layer's K (0) or V (1), alone or in a pair."""
+        return self.kv == kv and layer in (self.layer_lower, self.layer_upper)
+
+    def arrays_for(self, layer: int, array: Any) -> tuple[Any, ...]:
+        """Return what decoding takes to write one layer into `array` and skip its partner."""
+        if self.layer_upper < 0:
+            return (array,)
+        return (array, None) if layer == self.layer_lower else (None, array)
 
 
 @dataclass(frozen=True)
@@ -280,8 +290,8 @@ _LAYER_FIELDS: dict[str, Check] = {
     "key_head_dim": _an_int(0, _EXTENT),
     "value_head_dim": _an_int(0, _EXTENT),
     "window": _or_null(_an_int(1, _TOKENS)),
-    "key_dtype": _one_of(*_DTYPE_NUMBERS),
-    "value_dtype": _one_of(*_DTYPE_NUMBERS),
+    "key_dtype": _one_of(*DTYPE_NUMBERS),
+    "value_dtype": _one_of(*DTYPE_NUMBERS),
 }
 _SEGMENT_FIELDS: dict[str, Check] = {
     "file": _a_text("segment-[0-9]{1,18}"),
@@ -553,7 +563,7 @@ def _check_shape(entry: Entry, index: int, layer: int, manifest: Manifest) -> No
         )
     layout = manifest.layers[layer]
     head_dim = layout.value_head_dim if entry.kv else layout.key_head_dim
-    dtype = _DTYPE_NUMBERS[layout.value_dtype if entry.kv else layout.key_dtype]
+    dtype = DTYPE_NUMBERS[layout.value_dtype if entry.kv else layout.key_dtype]
     found = (entry.n_batch, entry.n_heads, entry.head_dim, entry.dtype)
     wanted = (manifest.n_batch, layout.n_kv_heads, head_dim, dtype)
     if layout.kind == "none" or found != wanted:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "open_cache"]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 # Tokens of room behind a restored history, so that the first turns do not copy it.
 _ROOM_TOKENS = 256
 
@@ -49,13 +47,13 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 def _dims_and_dtype(layout: LayerLayout, kv: int) -> tuple[int, torch.dtype]:
     """Head size and dtype of a layer's K (0) or V (1)."""
     if kv == 0:
-        return layout.key_head_dim, _DTYPES[layout.key_dtype]
-    return layout.value_head_dim, _DTYPES[layout.value_dtype]
+        return layout.key_head_dim, getattr(torch, layout.key_dtype)
+    return layout.value_head_dim, getattr(torch, layout.value_dtype)
 
 
 def _blocks(entries: Iterable[Entry], layer: int, kv: int) -> list[Entry]:
     """Return the blocks that hold a layer's K or V, in token order."""
-    mine = [e for e in entries if e.kv == kv and layer in (e.layer_lower, e.layer_upper)]
+    mine = (entry for entry in entries if entry.holds(layer, kv))
     return sorted(mine, key=lambda entry: entry.token_start)
 
 
@@ -82,7 +80,6 @@ class Source:
         self._path = conversation.path
         self.problems: list[str] = []
         self._restore: _core.Restore | None = None
-        self._counts: dict[str, float] = {}
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
         self._opened = time.perf_counter()
         self._open_s = 0.0
@@ -274,10 +271,8 @@ def _decode_windows(
             for entry in blocks:
                 start = entry.token_start - first
                 view = out[:, :, start : start + entry.n_tokens]
-                arrays: tuple[torch.Tensor | None, ...] = (view,)
-                if entry.layer_upper >= 0:
-                    arrays = (view, None) if layer == entry.layer_lower else (None, view)
-                jobs.append((entry.codec, kv, _core.store_read_payload(fd, entry), arrays))
+                payload = _core.store_read_payload(fd, entry)
+                jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
             windows.setdefault(layer, []).append(out)
     _core.decode_blocks(jobs, n_threads)
     return {layer: (keys, values) for layer, (keys, values) in windows.items()}

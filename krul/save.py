@@ -17,10 +17,11 @@ import torch
 from . import _core, guard
 from .cache import Cache
 from .compressor import CODECS
-from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work
+from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
 from .history import Snapshot
+from .manifest import DTYPE_NUMBERS
 from .model import layer_classes
 from .reports import SaveReport
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
@@ -28,15 +29,13 @@ from .strategy import strategies, summary
 
 __all__ = ["save_cache"]
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
     tensors = state.tensors()
     if tensors is None:
         return None, LayerLayout("none", 0, 0, 0, None, "float32", "float32")
     for name, tensor in zip(("keys", "values"), tensors, strict=True):
-        if tensor.dtype not in _DTYPE_NAMES:
+        if dtype_name(tensor) not in DTYPE_NUMBERS:
             raise DTypeError(
                 f"{name} are {tensor.dtype} but must be float32, float16 or bfloat16 to be saved"
             )
@@ -47,8 +46,8 @@ def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
         key_head_dim=keys.shape[3],
         value_head_dim=values.shape[3],
         window=state.sliding_window if state.kind == "sliding" else None,
-        key_dtype=_DTYPE_NAMES[keys.dtype],
-        value_dtype=_DTYPE_NAMES[values.dtype],
+        key_dtype=dtype_name(keys),
+        value_dtype=dtype_name(values),
     )
     return Layer(state.kind, tensors, state.token_start, group), layout
 
@@ -113,10 +112,14 @@ class _Decoder:
     def __init__(self, work: Work, encoded: list[Encoded]) -> None:
         self.work = work
         self.new = [(block.entry, block.payload) for block in encoded]
-        self.stored: list[tuple[int, list[Entry]]] = [
-            work.conversation.open_segment(segment) for segment in work.segments
-        ]
         self.memory: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        self.stored: list[tuple[int, list[Entry]]] = []
+        try:
+            for segment in work.segments:
+                self.stored.append(work.conversation.open_segment(segment))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the segments' files."""
@@ -145,11 +148,7 @@ class _Decoder:
     ) -> torch.Tensor:
         like = state.tensors[kv]
         mine = [
-            [
-                item
-                for item in source
-                if item[0].kv == kv and layer in (item[0].layer_lower, item[0].layer_upper)
-            ]
+            [(entry, where) for entry, where in source if entry.holds(layer, kv)]
             for source in sources
         ]
         n_room = max(e.token_start + e.n_tokens for source in mine for e, _ in source)
@@ -165,14 +164,12 @@ class _Decoder:
                 payload = where if is_new else _core.store_read_payload(where, entry)
                 first = entry.token_start - state.token_start
                 view = out[:, :, first : first + entry.n_tokens]
-                pair = (view, None) if layer == entry.layer_lower else (None, view)
-                arrays = pair if entry.layer_upper >= 0 else (view,)
-                jobs.append((entry.codec, kv, payload, arrays))
+                jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
             _core.decode_blocks(jobs, self.work.settings.n_threads)
         return out
 
 
-def n_guard_tokens(work: Work) -> int:
+def _n_guard(work: Work) -> int:
     """How many tokens the guard can run so that half of the new ones lie before them."""
     n_guard = min(work.settings.guard_tokens, work.n_new_tokens // 2, work.n_tokens - 1)
     for state in work.layers:
@@ -181,7 +178,7 @@ def n_guard_tokens(work: Work) -> int:
     return n_guard
 
 
-def measure_loss(work: Work, encoded: list[Encoded], n_guard: int) -> guard.Verdict:
+def _measure(work: Work, encoded: list[Encoded], n_guard: int) -> guard.Verdict:
     n_before = work.n_tokens - n_guard
     decoder = _Decoder(work, encoded)
     exact: list[Any] = []
@@ -212,7 +209,7 @@ def measure_loss(work: Work, encoded: list[Encoded], n_guard: int) -> guard.Verd
         decoder.close()
 
 
-def check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
+def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
     """Decode what claims to be exact and compare it bit for bit with what was encoded."""
     for block in encoded:
         entry = block.entry
@@ -241,7 +238,7 @@ def _select(
     """Encode with the coarsest strategy that the guard accepts."""
     settings = work.settings
     encoder = Encoder(work)
-    n_guard = n_guard_tokens(work) if settings.guard_tokens else 0
+    n_guard = _n_guard(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
     candidates = strategies(encoder, notes)
     while True:
@@ -253,7 +250,7 @@ def _select(
         seconds["encode"] += time.perf_counter() - started
         started = time.perf_counter()
         if strategy.is_exact():
-            check_bits(work, encoder, encoded)
+            _check_bits(work, encoder, encoded)
             seconds["guard"] += time.perf_counter() - started
             if settings.guard_tokens and n_guard < 1 and settings.codec != "exact":
                 notes.append(f"{work.n_new_tokens} new tokens are too few to measure: exact")
@@ -261,7 +258,7 @@ def _select(
         if not settings.guard_tokens:
             notes.append("the guard is off: nothing was measured")
             return strategy, encoded, nothing
-        verdict = measure_loss(work, encoded, n_guard)
+        verdict = _measure(work, encoded, n_guard)
         seconds["guard"] += time.perf_counter() - started
         if verdict.accepts(settings.max_kl, settings.min_top1):
             return strategy, encoded, verdict
@@ -302,7 +299,8 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
 
     Notes
     -----
-    Peak memory beyond the cache itself: the coded bytes of the codecs tried, and two layers.
+    Peak memory beyond the cache itself: the coded bytes of the codecs tried, two layers, and what
+    two forward passes of the guard's tokens take.
     """
     seconds = {"estimate": 0.0, "encode": 0.0, "guard": 0.0, "commit": 0.0}
     notes: list[str] = []

@@ -6,7 +6,6 @@ import signal
 import time
 
 import models
-import pytest
 import torch
 
 import krul
@@ -37,7 +36,6 @@ def child(model, path, ready_fd):
             turn(model, store, seed)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_at_any_instant(tmp_path):
     model = models.tiny("llama")
     path = tmp_path / "store"
