@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import os
 import sys
 import threading
 import time
@@ -49,6 +50,10 @@ __all__ = ["Cache"]
 
 # Tokens fed at once when a history is recomputed; bounds the memory of activations.
 _RECOMPUTE_CHUNK = 1024
+
+# Of a save in the background: it takes the processor time that the model leaves, and is not
+# starved as it would be by SCHED_IDLE.
+_SAVE_NICENESS = 19
 
 
 class _PendingLayer:
@@ -869,7 +874,8 @@ class Cache(DynamicCache):
         Parameters
         ----------
         wait : bool
-            False returns a future at once; the model may go on meanwhile.
+            False returns a future at once; the model may go on meanwhile, and the save takes the
+            processor time that it leaves.
 
         Returns
         -------
@@ -893,18 +899,23 @@ class Cache(DynamicCache):
                 "this cache belongs to no conversation and cannot be saved: it is a copy of "
                 "another cache, or was made without a store; open the conversation by Store.open"
             )
+        if wait:
+            self._wait_for_saves()
         with self._lock:
             if self.save_report is not None and not self._snapshots and self._is_all_saved():
                 future: Future[SaveReport] = Future()
                 future.set_result(self.save_report)
-            else:
-                snapshot = self._take_snapshot()
+                return self.save_report if wait else future
+            snapshot = self._take_snapshot()
+            self._snapshots.append(snapshot)
+            if not wait:
                 if self._executor is None:
-                    self._executor = ThreadPoolExecutor(1, thread_name_prefix="krul-save")
-                self._snapshots.append(snapshot)
-                future = self._executor.submit(self._run_save, snapshot)
-                self._future = future
-        return future.result() if wait else future
+                    self._executor = ThreadPoolExecutor(
+                        1, thread_name_prefix="krul-save", initializer=_yield_processors
+                    )
+                self._future = self._executor.submit(self._run_save, snapshot)
+                return self._future
+        return self._run_save(snapshot)
 
     def _is_all_saved(self) -> bool:
         known = self._known()
@@ -1125,6 +1136,12 @@ def _with_reason(error: Exception, reason: str) -> Exception:
     if isinstance(error, CorruptionError):
         return CorruptionError(message)
     return type(error)(message)
+
+
+def _yield_processors() -> None:
+    """Let every other thread go first; the threads that this one starts inherit that."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVE_NICENESS)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,12 @@ __all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Layer", "Strategy", "Work", "d
 
 KEY, VALUE = 0, 1
 _BLOCK = _core.store_constants()["ENTRY_BLOCK"]
+
+# Blocks that are encoded only to be measured, at a time.
+_BLOCKS_AT_ONCE = 16
+
+# What a block is: codec, kv, lower layer, upper layer or -1, first token.
+_Key = tuple[str, int, int, int, int]
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -120,10 +127,13 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Encodes blocks and remembers them, so that stepping up one layer encodes one layer."""
+    """Encodes blocks; of one strategy and the next, those that both have are encoded once.
+
+    Only the payloads of the newest strategy are kept: whatever else was tried takes no memory.
+    """
 
     work: Work
-    blocks: dict[tuple[str, int, int, int, int], Encoded] = field(default_factory=dict)
+    blocks: dict[_Key, Encoded] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
         """Tokens of a layer that this save writes: the new ones, or all that a window holds."""
@@ -150,8 +160,17 @@ class Encoder:
 
     def encode(self, strategy: Strategy) -> list[Encoded]:
         """Encode all blocks of a strategy that are not yet at hand; in the order of the file."""
+        keys = self._keys(strategy)
+        self.blocks = {key: self.blocks[key] for key in keys if key in self.blocks}
+        self.blocks |= self._encode([key for key in keys if key not in self.blocks])
+        return sorted(
+            (self.blocks[key] for key in keys), key=lambda block: _file_order(block.entry)
+        )
+
+    def _keys(self, strategy: Strategy) -> list[_Key]:
+        """Name the blocks of a strategy, layer by layer."""
         partner = dict(strategy.pairs) | {upper: lower for lower, upper in strategy.pairs}
-        wanted: list[tuple[str, int, int, int, int]] = []
+        keys: list[_Key] = []
         for layer, state in enumerate(self.work.layers):
             if state is None or partner.get(layer, layer) < layer:
                 continue
@@ -161,19 +180,15 @@ class Encoder:
                     codec = "exact" if keep else strategy.codecs[layer][kv]
                     upper = partner.get(layer, -1)
                     if codec.startswith("share"):
-                        wanted.append((codec, kv, layer, upper, start))
+                        keys.append((codec, kv, layer, upper, start))
                     else:
                         # A pair's exact tokens are stored layer by layer, where readers look.
-                        wanted += [
+                        keys += [
                             (codec, kv, each, -1, start) for each in (layer, upper) if each >= 0
                         ]
-        missing = [key for key in dict.fromkeys(wanted) if key not in self.blocks]
-        self._encode_missing(missing)
-        return sorted(
-            (self.blocks[key] for key in wanted), key=lambda block: _file_order(block.entry)
-        )
+        return keys
 
-    def _encode_missing(self, keys: list[tuple[str, int, int, int, int]]) -> None:
+    def _encode(self, keys: Sequence[_Key]) -> dict[_Key, Encoded]:
         jobs, entries = [], []
         for codec, kv, lower, upper, start in keys:
             end = next(e for s, e in self.runs(lower, kv) if s == start)
@@ -201,19 +216,31 @@ class Encoder:
                 )
             )
         results = _core.encode_blocks(jobs, self.work.settings.n_threads)
-        for key, entry, (payload, used, error, power) in zip(keys, entries, results, strict=True):
-            entry = entry._replace(codec=used, payload_bytes=len(payload))
-            self.blocks[key] = Encoded(entry, payload, error, power)
+        return {
+            key: Encoded(
+                entry._replace(codec=used, payload_bytes=len(payload)), payload, error, power
+            )
+            for key, entry, (payload, used, error, power) in zip(
+                keys, entries, results, strict=True
+            )
+        }
 
     def errors(self, codec: str) -> dict[tuple[int, int], tuple[float, int]]:
-        """Relative squared error and bytes of each (layer, kv) under a codec of single layers."""
+        """Relative squared error and bytes of each (layer, kv) under a codec of single layers.
+
+        What has to be encoded for it is not kept.
+        """
         sums: dict[tuple[int, int], list[float]] = {}
-        for block in self.encode(self.uniform(codec)):
-            entry = block.entry
-            total = sums.setdefault((entry.layer_lower, entry.kv), [0.0, 0.0, 0])
-            total[0] += block.error
-            total[1] += block.power
-            total[2] += entry.payload_bytes
+        keys = self._keys(self.uniform(codec))
+        for start in range(0, len(keys), _BLOCKS_AT_ONCE):
+            some = keys[start : start + _BLOCKS_AT_ONCE]
+            made = self._encode([key for key in some if key not in self.blocks])
+            for key in some:
+                block = made.get(key) or self.blocks[key]
+                total = sums.setdefault((block.entry.layer_lower, block.entry.kv), [0.0, 0.0, 0])
+                total[0] += block.error
+                total[1] += block.power
+                total[2] += block.entry.payload_bytes
         return {
             key: (error / power if power > 0 else 0.0, int(n_bytes))
             for key, (error, power, n_bytes) in sums.items()

@@ -25,7 +25,7 @@ from .model import text_config
 __all__ = ["Verdict", "measure"]
 
 # Rows of the vocabulary compared at a time, to bound the float32 copies of large vocabularies.
-_ROWS = 16
+_ROWS = 2
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 

@@ -332,6 +332,8 @@ def support(model: Any) -> str | None:
 def _prompt_learning(model: Any) -> str | None:
     """Return the name of an active PEFT adapter that adds virtual tokens."""
     for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            break  # what wraps the model comes before it
         configs = getattr(module, "peft_config", None)
         if not isinstance(configs, dict) or not hasattr(module, "base_model_torch_dtype"):
             continue

@@ -241,11 +241,13 @@ def _select(
     n_guard = _n_guard(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
     candidates = strategies(encoder, notes)
+    encoded: list[Encoded] = []
     while True:
         started = time.perf_counter()
         strategy = next(candidates)
         if settings.guard_tokens and n_guard < 1 and not strategy.is_exact():
             continue
+        encoded.clear()  # what was refused must not take memory beside what comes next
         encoded = encoder.encode(strategy)
         seconds["encode"] += time.perf_counter() - started
         started = time.perf_counter()
@@ -299,8 +301,9 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
 
     Notes
     -----
-    Peak memory beyond the cache itself: the coded bytes of the codecs tried, two layers, and what
-    two forward passes of the guard's tokens take.
+    Peak memory beyond the cache itself: the coded bytes, two layers, and what two forward passes of
+    the guard's tokens take, of which their logits, 4 bytes per token and entry of the vocabulary in
+    a 16-bit model, are most.
     """
     seconds = {"estimate": 0.0, "encode": 0.0, "guard": 0.0, "commit": 0.0}
     notes: list[str] = []

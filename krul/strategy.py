@@ -75,6 +75,7 @@ def strategies(encoder: Encoder, notes: list[str]) -> Iterator[Strategy]:
     wanted = work.settings.codec
     exact, int8, int4 = (encoder.uniform(codec) for codec in ("exact", "int8", "int4"))
     if wanted == "auto":
+        encoder.encode(int4)  # of what is tried first, at least a part is this
         int4_errors = encoder.errors("int4")
         pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), int4_errors)
         if pairs:

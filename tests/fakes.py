@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import types
 from collections.abc import Iterable
@@ -155,6 +156,8 @@ class FakeSave(types.ModuleType):
                 ],
                 "kinds": [layer.kind for layer in snapshot.layers],
                 "token_start": [layer.token_start for layer in snapshot.layers],
+                "thread": threading.current_thread(),
+                "niceness": os.getpriority(os.PRIO_PROCESS, threading.get_native_id()),
             }
         )
         cache.mark_saved(cache.generation + 1, [*cache.segments, n_saved], snapshot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import os
 import pickle
 import sys
 import threading
@@ -772,6 +773,27 @@ def test_reset_during_a_save_of_a_restored_conversation(llama, saver):
     for layer, pair in zip(wanted.layers, saver.saved[0]["layers"], strict=True):
         assert torch.equal(layer.keys, pair[0])
     assert cache.n_saved_tokens == 0
+
+
+def test_a_save_in_the_background_leaves_the_processors_to_the_model(llama, saver):
+    cache, _ = conversing(llama)
+    usual = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    cache.save(wait=False).result()
+    run(llama, models.token_ids(2, 5), cache)
+    cache.save()
+    assert [saved["niceness"] for saved in saver.saved] == [19, usual]
+    assert saver.saved[1]["thread"] is threading.current_thread()
+
+
+def test_a_save_that_waits_comes_after_one_that_does_not(llama, saver):
+    cache, _ = conversing(llama)
+    saver.gate.clear()
+    future = cache.save(wait=False)
+    run(llama, models.token_ids(2, 5), cache)
+    threading.Timer(0.05, saver.gate.set).start()
+    assert cache.save().n_new_tokens == 5
+    assert future.result().n_new_tokens == 20
+    assert [saved["start"] for saved in saver.saved] == [0, 20]
 
 
 def test_a_save_that_fails_can_be_tried_again(llama, saver):

@@ -15,6 +15,7 @@ import torch
 
 import krul
 from krul import _core
+from krul import encode as encode_module
 
 N_HISTORY = 150
 
@@ -115,6 +116,24 @@ def test_the_guard_steps_up_until_it_is_content(store, llama):
     assert report.guard_top1 == 1.0
     assert "refused" in report.reason
     assert "int8" in report.reason
+
+
+def test_what_the_guard_refused_is_not_kept_in_memory(store, llama, monkeypatch):
+    held = []
+    encode = encode_module.Encoder.encode
+
+    def watch(encoder, strategy):
+        encoded = encode(encoder, strategy)
+        assert sorted(map(id, encoder.blocks.values())) == sorted(map(id, encoded))
+        held.append({block.entry.codec for block in encoded})
+        return encoded
+
+    monkeypatch.setattr(encode_module.Encoder, "encode", watch)
+    with store.open("chat", llama, settings=krul.Settings(max_kl=0.0, min_top1=1.0)) as cache:
+        converse(llama, cache, models.token_ids(1, N_HISTORY))
+        assert set(cache.save().codec_by_layer) == {"exact"}
+    assert len(held) >= 4
+    assert held[-1] == {1}
 
 
 @pytest.mark.parametrize("codec", ["int4", "int8", "auto", "share+int8"])

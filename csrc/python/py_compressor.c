@@ -1,12 +1,14 @@
 /* py_compressor.c - encode and decode blocks, many at a time.
  *
  * A job's arrays are borrowed for the whole call. An encoder's buffer has the size of the worst case
- * only while its job runs: it shrinks to the payload at once, so that the peak is the compressed
- * size and one block per thread. */
+ * only in address space: pages that the payload does not need are never touched, or given back at
+ * once. It is mapped, because what malloc would keep for later is as large as the conversation. */
 #include "py_krul.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 /* One block on its way in or out. */
 typedef struct compressor_job {
@@ -17,7 +19,8 @@ typedef struct compressor_job {
     krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
     py_krul_borrowed borrowed[KRUL_COMPRESSOR_MAX_VIEWS];
     Py_buffer given; /* decoding: the payload, held while given.obj is not NULL */
-    uint8_t *payload; /* encoding: owned */
+    uint8_t *payload; /* encoding: owned, mapped_bytes of it */
+    size_t mapped_bytes;
     size_t payload_bytes;
     krul_codec codec_used;
     double error[2];
@@ -36,6 +39,28 @@ typedef struct compressor_call {
 } compressor_call;
 
 static void
+free_payload(compressor_job *job)
+{
+    if (job->mapped_bytes > 0) {
+        (void)munmap(job->payload, job->mapped_bytes);
+    }
+    job->payload = NULL;
+    job->mapped_bytes = 0;
+}
+
+/* Give back the pages behind the payload. */
+static void
+shrink_payload(compressor_job *job)
+{
+    size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    size_t used_bytes = (job->payload_bytes / page_bytes + 1) * page_bytes;
+    if (used_bytes < job->mapped_bytes &&
+        munmap(job->payload + used_bytes, job->mapped_bytes - used_bytes) == 0) {
+        job->mapped_bytes = used_bytes;
+    }
+}
+
+static void
 encode_job(void *argument)
 {
     compressor_job *job = argument;
@@ -44,18 +69,20 @@ encode_job(void *argument)
     if (job->status != KRUL_STATUS_OK) {
         return;
     }
-    job->payload = malloc(capacity_bytes + 1);
-    if (job->payload == NULL) {
+    void *mapped = mmap(NULL, capacity_bytes + 1, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) {
         job->status = krul_fail(&job->err, KRUL_STATUS_NO_MEMORY,
                                 "no memory for a payload of at most %zu bytes", capacity_bytes);
         return;
     }
+    job->payload = mapped;
+    job->mapped_bytes = capacity_bytes + 1;
     job->status = krul_compressor_encode(
         job->backend, job->codec, job->kv, job->views, job->n_views, job->payload, capacity_bytes,
         &job->payload_bytes, &job->codec_used, job->error, &job->err);
     if (job->status == KRUL_STATUS_OK) {
-        uint8_t *shrunk = realloc(job->payload, job->payload_bytes + 1);
-        job->payload = shrunk != NULL ? shrunk : job->payload;
+        shrink_payload(job);
     }
 }
 
@@ -157,7 +184,7 @@ close_call(compressor_call *call)
         if (job->given.obj != NULL) {
             PyBuffer_Release(&job->given);
         }
-        free(job->payload);
+        free_payload(job);
     }
     free(call->jobs);
     Py_CLEAR(call->items);
@@ -242,8 +269,7 @@ encode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
         PyObject *item = Py_BuildValue("(y#idd)", (const char *)job->payload,
                                        (Py_ssize_t)job->payload_bytes, (int)job->codec_used,
                                        job->error[0], job->error[1]);
-        free(job->payload);
-        job->payload = NULL;
+        free_payload(job);
         if (item == NULL) {
             Py_CLEAR(list);
             break;
