@@ -297,7 +297,10 @@ typedef enum krul_kv {
     KRUL_KV_VALUE = 1,
 } krul_kv;
 
-enum { KRUL_COMPRESSOR_MAX_VIEWS = 2 };
+enum {
+    KRUL_COMPRESSOR_MAX_VIEWS = 2,
+    KRUL_N_CODECS = 7, /* one more than the largest number */
+};
 
 /* "exact", "share+int4", ...; NULL for a number that is no codec. */
 const char *krul_codec_name(krul_codec codec);
@@ -436,22 +439,50 @@ typedef struct krul_restore_step {
     krul_view views[KRUL_COMPRESSOR_MAX_VIEWS]; /* data NULL: not wanted */
 } krul_restore_step;
 
+/* A machine that is made up. A restore on it reads and decodes nothing: the same code takes the same
+ * steps in the same order, and only this clock moves. For one thread. */
+typedef struct krul_restore_machine {
+    double read_bytes_per_s; /* of the way to the store, which all threads share */
+    double read_latency_s; /* from asking for a block to its first byte */
+    double decode_bytes_per_s; /* of one thread, counted in decoded bytes */
+    double now_s; /* the caller adds what it does itself; waiting adds what it takes */
+} krul_restore_machine;
+
+typedef struct krul_restore_options {
+    int n_threads; /* 0: all processors */
+    double max_bytes_per_s; /* that are read from files; 0: no limit */
+    krul_restore_machine *machine; /* borrowed until krul_restore_free; NULL: this one */
+} krul_restore_options;
+
 /* How a restore went, or goes. */
 typedef struct krul_restore_counts {
     int64_t n_steps;
-    int64_t n_steps_done;
+    int64_t n_steps_done; /* dropped ones too */
     uint64_t read_bytes;
     double read_s; /* summed over threads */
+    double read_wall_s; /* while at least one thread was reading */
     double decode_s; /* summed over threads */
+    double decode_s_by_codec[KRUL_N_CODECS]; /* the same; index is the codec's number */
+    uint64_t decoded_bytes_by_codec[KRUL_N_CODECS];
     double elapsed_s; /* from the start until the last step ended, or until now */
 } krul_restore_counts;
 
+/* When a step was carried out, in seconds since the start; worker -1: not, or not yet. */
+typedef struct krul_restore_trace {
+    int32_t worker;
+    double begin_s;
+    double read_s; /* when it was read and checked */
+    double end_s; /* when it was decoded */
+} krul_restore_trace;
+
 /* Start. A layer is complete when every step that writes to it has ended; layers without a step
- * are complete at once. n_threads 0 means all processors. Views must have the shape and dtype that
- * their entry says, or hold only its first tokens; they must be writable and stay alive until
- * krul_restore_free. That no two steps write to one place is the caller's promise. */
+ * are complete at once. Views must have the shape and dtype that their entry says, or hold only its
+ * first tokens; they must be writable and stay alive until krul_restore_free. On a machine that is
+ * made up views are never touched, only whether data is NULL counts. That no two steps write to one
+ * place is the caller's promise. */
 krul_status krul_restore_start(const krul_backend *backend, const krul_restore_step *steps,
-                               int64_t n_steps, int32_t n_layers, int n_threads, krul_restore **out,
+                               int64_t n_steps, int32_t n_layers,
+                               const krul_restore_options *options, krul_restore **out,
                                krul_error *err) KRUL_MUST_CHECK;
 
 /* Wait for one layer; sleeps, never spins. Returns the failure of a step of this layer, or
@@ -463,14 +494,28 @@ krul_status krul_restore_wait(krul_restore *restore, int32_t layer,
  * once, or until timeout_s has passed (0: only ask). Says which. True for a layer that is none. */
 bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s);
 
+/* The caller writes the first n_tokens tokens of a layer itself: steps that hold nothing behind
+ * them are dropped. When it returns no thread writes there, now or later. */
+void krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens);
+
+/* Change how many bytes are read per second; reads under way end as they began. */
+void krul_restore_limit(krul_restore *restore, double max_bytes_per_s);
+
 /* Steps not begun are dropped and waiters wake with KRUL_STATUS_CANCELLED. */
 void krul_restore_cancel(krul_restore *restore);
+
+/* Cancel, and wait until no thread touches a view any more. A read that hangs is not waited for:
+ * files and payloads are still in use. */
+void krul_restore_abandon(krul_restore *restore);
 
 /* Wait until no thread touches a view, a file or a payload any more. Layers that failed or were
  * cancelled stay so. */
 void krul_restore_join(krul_restore *restore);
 
 void krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out);
+
+/* One row for each step, in the order they were given. */
+void krul_restore_read_trace(krul_restore *restore, krul_restore_trace *out);
 
 /* Cancel, join the threads, free. NULL is allowed. */
 void krul_restore_free(krul_restore *restore);

@@ -2,236 +2,243 @@
  *
  * Threads take steps in the order given, so that shallow layers come first. Each keeps one buffer
  * for the coded bytes of a block; pread instead of mmap, because a file that is truncated under a
- * mapping kills the process. */
+ * mapping kills the process. Between reading and decoding a thread looks again at what is wanted: a
+ * read that hangs then holds up nobody who has given up on it.
+ *
+ * On a machine that is made up there are no threads: whoever waits carries the steps out, each on
+ * the worker that is free first, and reading and decoding only move clocks. */
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "internal.h"
+#include "restore_step.h"
+
+typedef enum step_state {
+    STEP_WAITING,
+    STEP_READING,
+    STEP_DECODING,
+    STEP_DONE,
+} step_state;
 
 /* What is known of one layer. */
 typedef struct restore_layer {
     int64_t n_steps_left;
+    double end_s; /* of its last step so far */
     krul_error failure; /* of the first step that failed */
 } restore_layer;
 
 struct krul_restore {
     const krul_backend *backend;
-    krul_restore_step *steps;
+    krul_restore_step *steps; /* views are unwanted with the lock */
+    uint8_t *states; /* step_state of each step */
+    krul_restore_trace *traces;
     int64_t n_steps;
     size_t buffer_bytes; /* the largest payload that is read from a file */
     restore_layer *layers;
     int32_t n_layers;
     krul_pool *pool;
+    krul_restore_machine *machine;
+    double *free_s; /* on a made-up machine: when each worker is free again */
+    int n_workers;
     double start_s;
-    pthread_mutex_t lock; /* guards all below and the layers */
+    pthread_mutex_t lock; /* guards all below, the layers, states and traces */
     pthread_cond_t has_changed;
     int64_t next_step;
-    int n_workers; /* submitted and not yet ended */
+    int n_running; /* workers submitted and not yet ended */
     bool is_cancelled;
+    double max_bytes_per_s;
+    double link_free_s; /* when the way to the store is free again */
+    int n_reading;
+    double reading_since_s;
     krul_restore_counts counts;
 };
 
+/* The most that one read is made to last, so that any rate gives a time that a clock can hold. */
+static const double max_read_s = 1e6;
+
+/* ---- time -------------------------------------------------------------------------------------- */
+
 static double
-now_s(void)
+clock_s(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static int
-n_views_of(const krul_store_entry *entry)
+static double
+now_s(const krul_restore *restore)
 {
-    return entry->layer_upper >= 0 ? 2 : 1;
+    return restore->machine != NULL ? restore->machine->now_s : clock_s();
 }
 
-static int32_t
-layer_of(const krul_store_entry *entry, int index)
+static struct timespec
+as_timespec(double at_s)
 {
-    return index == 0 ? entry->layer_lower : entry->layer_upper;
+    struct timespec at = {.tv_sec = (time_t)at_s};
+    at.tv_nsec = (long)((at_s - (double)at.tv_sec) * 1e9);
+    return at;
 }
 
-static krul_status
-check_step(const krul_restore_step *step, int64_t index, int32_t n_layers, krul_error *err)
+/* Say when a read that begins now ends, and keep the way to the store until then; with the lock. */
+static double
+reserve_link(krul_restore *restore, double begin_s, double n_bytes, double bytes_per_s)
 {
-    const krul_store_entry *entry = &step->entry;
-    long long at = (long long)index;
-    if (entry->kind != KRUL_STORE_ENTRY_BLOCK) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step %lld has entry kind %d but must have %d",
-                         at, (int)entry->kind, (int)KRUL_STORE_ENTRY_BLOCK);
-    }
-    if (step->fd < 0 && step->payload == NULL && entry->payload_bytes > 0) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step %lld has neither file nor payload", at);
-    }
-    bool is_wanted = false;
-    for (int i = 0; i < n_views_of(entry); i++) {
-        const krul_view *view = &step->views[i];
-        int32_t layer = layer_of(entry, i);
-        if (layer < 0 || layer >= n_layers) {
-            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                             "step %lld is for layer %d but there are %d layers", at, (int)layer,
-                             (int)n_layers);
+    double wanted_s = bytes_per_s > 0 ? n_bytes / bytes_per_s : 0;
+    double from_s = begin_s > restore->link_free_s ? begin_s : restore->link_free_s;
+    restore->link_free_s = from_s + (wanted_s < max_read_s ? wanted_s : max_read_s);
+    return restore->link_free_s;
+}
+
+/* ---- carrying one out -------------------------------------------------------------------------- */
+
+static bool
+is_wanted(const krul_restore_step *step)
+{
+    return step->views[0].data != NULL || step->views[1].data != NULL;
+}
+
+static uint64_t
+decoded_bytes(const krul_store_entry *entry, const krul_view *views)
+{
+    uint64_t n_views = (uint64_t)(views[0].data != NULL) + (uint64_t)(views[1].data != NULL);
+    return n_views * (uint64_t)entry->n_batch * (uint64_t)entry->n_heads *
+           (uint64_t)entry->n_tokens * (uint64_t)entry->head_dim * krul_dtype_bytes(entry->dtype);
+}
+
+/* The layer no longer waits for this step; with the lock. */
+static void
+let_go(krul_restore *restore, krul_restore_step *step, int view)
+{
+    step->views[view].data = NULL;
+    restore->layers[krul_restore_layer_of(&step->entry, view)].n_steps_left--;
+}
+
+/* The next step that somebody wants, now being read; -1 if there is none. With the lock. */
+static int64_t
+take_step(krul_restore *restore)
+{
+    while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
+        int64_t index = restore->next_step++;
+        if (is_wanted(&restore->steps[index])) {
+            restore->states[index] = STEP_READING;
+            return index;
         }
-        if (view->data == NULL) {
+        restore->states[index] = STEP_DONE;
+        restore->counts.n_steps_done++;
+    }
+    return -1;
+}
+
+/* Enter what a step came to, for the views it was decoded into; with the lock. */
+static void
+finish_step(krul_restore *restore, int64_t index, const krul_view *views, const krul_error *failure,
+            const krul_restore_trace *trace)
+{
+    const krul_store_entry *entry = &restore->steps[index].entry;
+    krul_restore_counts *counts = &restore->counts;
+    double decode_s = trace->end_s - trace->read_s;
+    for (int i = 0; i < krul_restore_n_views(entry); i++) {
+        restore_layer *layer = &restore->layers[krul_restore_layer_of(entry, i)];
+        if (views[i].data == NULL) {
             continue;
         }
-        is_wanted = true;
-        krul_status status = krul_view_check_output(view, "a step's output", err);
-        if (status != KRUL_STATUS_OK) {
-            return status;
+        layer->n_steps_left--;
+        if (trace->end_s > layer->end_s) {
+            layer->end_s = trace->end_s;
         }
-        if (view->shape[0] != entry->n_batch || view->shape[1] != entry->n_heads ||
-            view->shape[2] > entry->n_tokens || view->shape[3] != entry->head_dim) {
-            return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
-                             "step %lld holds (%d, %d, %lld, %d) but its output is "
-                             "(%lld, %lld, %lld, %lld)",
-                             at, (int)entry->n_batch, (int)entry->n_heads,
-                             (long long)entry->n_tokens, (int)entry->head_dim,
-                             (long long)view->shape[0], (long long)view->shape[1],
-                             (long long)view->shape[2], (long long)view->shape[3]);
-        }
-        if (view->dtype != entry->dtype) {
-            return krul_fail(err, KRUL_STATUS_BAD_DTYPE, "step %lld holds %s but its output is %s",
-                             at, krul_dtype_name(entry->dtype), krul_dtype_name(view->dtype));
+        if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
+            layer->failure = *failure;
         }
     }
-    if (!is_wanted) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step %lld has no output", at);
+    restore->states[index] = STEP_DONE;
+    restore->traces[index] = *trace;
+    counts->n_steps_done++;
+    counts->read_s += trace->read_s - trace->begin_s;
+    counts->decode_s += decode_s;
+    if (failure->status == KRUL_STATUS_OK) {
+        counts->decode_s_by_codec[entry->codec] += decode_s;
+        counts->decoded_bytes_by_codec[entry->codec] += decoded_bytes(entry, views);
     }
-    return KRUL_STATUS_OK;
-}
-
-/* Copy the rows of as many tokens as `to` has room for. */
-static void
-copy_tokens(const krul_view *from, const krul_view *to)
-{
-    size_t element_bytes = krul_dtype_bytes(to->dtype);
-    size_t row_bytes = (size_t)to->shape[3] * element_bytes;
-    for (int64_t batch = 0; batch < to->shape[0]; batch++) {
-        for (int64_t head = 0; head < to->shape[1]; head++) {
-            for (int64_t token = 0; token < to->shape[2]; token++) {
-                int64_t source = batch * from->stride[0] + head * from->stride[1] +
-                                 token * from->stride[2];
-                int64_t target = batch * to->stride[0] + head * to->stride[1] +
-                                 token * to->stride[2];
-                memcpy((uint8_t *)to->data + (size_t)target * element_bytes,
-                       (const uint8_t *)from->data + (size_t)source * element_bytes, row_bytes);
-            }
-        }
+    if (trace->end_s > counts->elapsed_s) {
+        counts->elapsed_s = trace->end_s;
     }
-}
-
-/* A row-major view of a whole block in memory of its own, for a caller that wants only its first
- * tokens; data NULL when there is no memory. */
-static krul_view
-new_whole_block(const krul_store_entry *entry)
-{
-    krul_view view = {
-        .dtype = entry->dtype,
-        .device_type = KRUL_DEVICE_CPU,
-        .shape = {entry->n_batch, entry->n_heads, entry->n_tokens, entry->head_dim},
-    };
-    size_t n_bytes = krul_dtype_bytes(entry->dtype);
-    int64_t stride = 1;
-    for (int axis = KRUL_VIEW_DIMS - 1; axis >= 0; axis--) {
-        view.stride[axis] = stride;
-        if (krul_multiply_overflows_i64(stride, view.shape[axis], &stride) ||
-            krul_multiply_overflows(n_bytes, (size_t)view.shape[axis], &n_bytes)) {
-            return view;
-        }
-    }
-    view.data = malloc(n_bytes);
-    return view;
-}
-
-static krul_status
-decode_step(const krul_backend *backend, const krul_restore_step *step, const uint8_t *payload,
-            krul_error *err)
-{
-    const krul_store_entry *entry = &step->entry;
-    krul_status status = KRUL_STATUS_OK;
-    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
-    bool is_whole[KRUL_COMPRESSOR_MAX_VIEWS] = {false, false};
-    int n_views = n_views_of(entry);
-    for (int i = 0; i < n_views; i++) {
-        views[i] = step->views[i];
-        if (views[i].data == NULL) { /* not wanted, but decoding asks for its shape */
-            views[i] = step->views[1 - i];
-            views[i].data = NULL;
-            views[i].shape[2] = entry->n_tokens;
-        }
-        else if (views[i].shape[2] < entry->n_tokens) {
-            views[i] = new_whole_block(entry);
-            is_whole[i] = true;
-            if (views[i].data == NULL) {
-                status = krul_fail(err, KRUL_STATUS_NO_MEMORY,
-                                   "no memory for a whole block of %lld tokens",
-                                   (long long)entry->n_tokens);
-                goto done;
-            }
-        }
-    }
-    KRUL_TRY(krul_compressor_decode(backend, entry->codec, entry->kv, payload,
-                                    (size_t)entry->payload_bytes, views, n_views, err));
-    for (int i = 0; i < n_views; i++) {
-        if (is_whole[i]) {
-            copy_tokens(&views[i], &step->views[i]);
-        }
-    }
-done:
-    for (int i = 0; i < n_views; i++) {
-        if (is_whole[i]) {
-            free(views[i].data);
-        }
-    }
-    return status;
-}
-
-/* Read, check and decode one block; the seconds are added to, not set. */
-static krul_status
-run_step(const krul_backend *backend, const krul_restore_step *step, uint8_t *buffer,
-         krul_restore_counts *spent, krul_error *err)
-{
-    const krul_store_entry *entry = &step->entry;
-    const uint8_t *payload = step->payload;
-    krul_status status = KRUL_STATUS_OK;
-    double start_s = now_s();
-    if (step->fd >= 0) {
-        status = krul_store_read_payload(step->fd, entry, buffer, err);
-        payload = buffer;
-        spent->read_bytes += entry->payload_bytes;
-    }
-    double read_s = now_s();
-    spent->read_s += read_s - start_s;
-    if (status == KRUL_STATUS_OK) {
-        status = decode_step(backend, step, payload, err);
-        spent->decode_s += now_s() - read_s;
-    }
-    return status;
-}
-
-/* Enter what a step came to; with the lock. */
-static void
-finish_step(krul_restore *restore, const krul_restore_step *step, const krul_error *failure,
-            const krul_restore_counts *spent)
-{
-    for (int i = 0; i < n_views_of(&step->entry); i++) {
-        if (step->views[i].data != NULL) {
-            restore_layer *layer = &restore->layers[layer_of(&step->entry, i)];
-            layer->n_steps_left--;
-            if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
-                layer->failure = *failure;
-            }
-        }
-    }
-    restore->counts.n_steps_done++;
-    restore->counts.read_bytes += spent->read_bytes;
-    restore->counts.read_s += spent->read_s;
-    restore->counts.decode_s += spent->decode_s;
-    restore->counts.elapsed_s = now_s() - restore->start_s;
     pthread_cond_broadcast(&restore->has_changed);
+}
+
+/* Read and check a block, no faster than is allowed; without the lock. */
+static krul_status
+read_step(krul_restore *restore, const krul_restore_step *step, uint8_t *buffer, krul_error *err)
+{
+    const krul_store_entry *entry = &step->entry;
+    pthread_mutex_lock(&restore->lock);
+    double begin_s = clock_s();
+    double end_s = begin_s;
+    if (restore->max_bytes_per_s > 0) {
+        end_s = reserve_link(restore, begin_s, (double)entry->payload_bytes,
+                             restore->max_bytes_per_s);
+    }
+    if (restore->n_reading++ == 0) {
+        restore->reading_since_s = begin_s;
+    }
+    pthread_mutex_unlock(&restore->lock);
+
+    krul_status status = krul_store_read_payload(step->fd, entry, buffer, err);
+
+    pthread_mutex_lock(&restore->lock);
+    struct timespec end = as_timespec(end_s);
+    while (clock_s() < end_s && !restore->is_cancelled) {
+        pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+    }
+    if (--restore->n_reading == 0) {
+        restore->counts.read_wall_s += clock_s() - restore->reading_since_s;
+    }
+    restore->counts.read_bytes += entry->payload_bytes;
+    pthread_mutex_unlock(&restore->lock);
+    return status;
+}
+
+/* Carry one step out on this machine; with the lock, which is let go meanwhile. */
+static void
+run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
+{
+    krul_restore_step *step = &restore->steps[index];
+    const uint8_t *payload = step->payload;
+    krul_error failure = {.status = KRUL_STATUS_OK};
+    krul_restore_trace trace = {.worker = worker, .begin_s = clock_s() - restore->start_s};
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    pthread_mutex_unlock(&restore->lock);
+    krul_status status = KRUL_STATUS_OK;
+    if (buffer == NULL) {
+        status = krul_fail(&failure, KRUL_STATUS_NO_MEMORY,
+                           "no memory for a block of %zu coded bytes", restore->buffer_bytes);
+    }
+    else if (step->fd >= 0) {
+        status = read_step(restore, step, buffer, &failure);
+        payload = buffer;
+    }
+    trace.read_s = clock_s() - restore->start_s;
+
+    pthread_mutex_lock(&restore->lock);
+    memcpy(views, step->views, sizeof views);
+    bool is_needed = is_wanted(step) && !restore->is_cancelled;
+    if (is_needed && status == KRUL_STATUS_OK) {
+        restore->states[index] = STEP_DECODING;
+        pthread_mutex_unlock(&restore->lock);
+        status = krul_restore_decode(restore->backend, &step->entry, views, payload, &failure);
+        pthread_mutex_lock(&restore->lock);
+    }
+    if (status == KRUL_STATUS_OK) {
+        failure.status = KRUL_STATUS_OK;
+    }
+    trace.end_s = clock_s() - restore->start_s;
+    if (!is_needed) { /* what it would have filled was let go, or stays missing */
+        memset(views, 0, sizeof views);
+    }
+    finish_step(restore, index, views, &failure, &trace);
 }
 
 static void
@@ -240,42 +247,178 @@ run_steps(void *argument)
     krul_restore *restore = argument;
     uint8_t *buffer = malloc(restore->buffer_bytes > 0 ? restore->buffer_bytes : 1);
     pthread_mutex_lock(&restore->lock);
-    while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
-        const krul_restore_step *step = &restore->steps[restore->next_step++];
-        pthread_mutex_unlock(&restore->lock);
-        krul_error failure = {.status = KRUL_STATUS_OK};
-        krul_restore_counts spent = {0};
-        if (buffer == NULL) {
-            (void)krul_fail(&failure, KRUL_STATUS_NO_MEMORY,
-                            "no memory for a block of %zu coded bytes", restore->buffer_bytes);
-        }
-        else if (run_step(restore->backend, step, buffer, &spent, &failure) == KRUL_STATUS_OK) {
-            failure.status = KRUL_STATUS_OK;
-        }
-        pthread_mutex_lock(&restore->lock);
-        finish_step(restore, step, &failure, &spent);
+    int32_t worker = restore->n_workers++;
+    for (int64_t index = take_step(restore); index >= 0; index = take_step(restore)) {
+        run_step(restore, index, worker, buffer);
     }
-    restore->n_workers--;
+    restore->n_running--;
     pthread_cond_broadcast(&restore->has_changed);
     pthread_mutex_unlock(&restore->lock);
     free(buffer);
 }
 
+/* ---- a machine that is made up ----------------------------------------------------------------- */
+
+static int
+first_free_worker(const krul_restore *restore)
+{
+    int best = 0;
+    for (int i = 1; i < restore->n_workers; i++) {
+        if (restore->free_s[i] < restore->free_s[best]) {
+            best = i;
+        }
+    }
+    return best;
+}
+
+/* Take one step on the worker that is free first; false if there is none left, or none that begins
+ * before until_s. */
+static bool
+imagine_step(krul_restore *restore, double until_s)
+{
+    const krul_restore_machine *machine = restore->machine;
+    int worker = first_free_worker(restore);
+    double begin_s = restore->free_s[worker];
+    if (begin_s > until_s) {
+        return false;
+    }
+    int64_t index = take_step(restore);
+    if (index < 0) {
+        return false;
+    }
+    const krul_restore_step *step = &restore->steps[index];
+    krul_error failure = {.status = KRUL_STATUS_OK};
+    double n_bytes = (double)step->entry.payload_bytes;
+    double read_s = reserve_link(restore, begin_s + machine->read_latency_s, n_bytes,
+                                 machine->read_bytes_per_s);
+    double decode_bytes = (double)decoded_bytes(&step->entry, step->views);
+    double end_s = read_s;
+    if (machine->decode_bytes_per_s > 0) {
+        end_s += decode_bytes / machine->decode_bytes_per_s;
+    }
+    restore->free_s[worker] = end_s;
+    restore->counts.read_bytes += step->entry.payload_bytes;
+    krul_restore_trace trace = {
+        .worker = worker,
+        .begin_s = begin_s - restore->start_s,
+        .read_s = read_s - restore->start_s,
+        .end_s = end_s - restore->start_s,
+    };
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    memcpy(views, step->views, sizeof views);
+    finish_step(restore, index, views, &failure, &trace);
+    return true;
+}
+
+/* Carry out what a layer waits for, and let that time pass. */
+static void
+imagine_layer(krul_restore *restore, int32_t layer)
+{
+    const restore_layer *wanted = &restore->layers[layer];
+    while (wanted->n_steps_left > 0 && imagine_step(restore, HUGE_VAL)) {
+    }
+    double end_s = restore->start_s + wanted->end_s;
+    if (end_s > restore->machine->now_s) {
+        restore->machine->now_s = end_s;
+    }
+}
+
+/* ---- the interface ----------------------------------------------------------------------------- */
+
+static krul_status
+check_options(const krul_restore_options *options, krul_error *err)
+{
+    const krul_restore_machine *machine = options->machine;
+    if (!(options->max_bytes_per_s >= 0)) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "max_bytes_per_s is %g but must be 0 or more",
+                         options->max_bytes_per_s);
+    }
+    if (machine != NULL && (!(machine->read_bytes_per_s > 0) ||
+                            !(machine->decode_bytes_per_s > 0) || !(machine->read_latency_s >= 0) ||
+                            !isfinite(machine->read_latency_s) || !isfinite(machine->now_s))) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "a machine reads %g and decodes %g bytes per second, which must be above "
+                         "0, with a latency of %g s, which must be 0 or more, at %g s",
+                         machine->read_bytes_per_s, machine->decode_bytes_per_s,
+                         machine->read_latency_s, machine->now_s);
+    }
+    return KRUL_STATUS_OK;
+}
+
+/* Copy the steps and count what each layer waits for. */
+static krul_status
+take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err)
+{
+    int64_t n_steps = restore->n_steps;
+    restore->steps = calloc((size_t)n_steps + 1, sizeof *steps);
+    restore->states = calloc((size_t)n_steps + 1, 1);
+    restore->traces = calloc((size_t)n_steps + 1, sizeof *restore->traces);
+    restore->layers = calloc((size_t)restore->n_layers + 1, sizeof *restore->layers);
+    if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
+        restore->layers == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
+                         (long long)n_steps, (int)restore->n_layers);
+    }
+    for (int64_t i = 0; i < n_steps; i++) {
+        const krul_restore_step *step = &steps[i];
+        restore->steps[i] = *step;
+        restore->traces[i].worker = -1;
+        if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
+            restore->buffer_bytes = (size_t)step->entry.payload_bytes;
+        }
+        for (int k = 0; k < KRUL_COMPRESSOR_MAX_VIEWS; k++) {
+            if (k >= krul_restore_n_views(&step->entry)) {
+                restore->steps[i].views[k].data = NULL;
+            }
+            else if (step->views[k].data != NULL) {
+                restore->layers[krul_restore_layer_of(&step->entry, k)].n_steps_left++;
+            }
+        }
+    }
+    return KRUL_STATUS_OK;
+}
+
+static krul_status
+start_workers(krul_restore *restore, int n_wanted, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (restore->machine != NULL) {
+        restore->n_workers = n_wanted;
+        restore->free_s = malloc((size_t)n_wanted * sizeof *restore->free_s);
+        if (restore->free_s == NULL) {
+            return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %d workers", n_wanted);
+        }
+        for (int i = 0; i < n_wanted; i++) {
+            restore->free_s[i] = restore->start_s;
+        }
+        return KRUL_STATUS_OK;
+    }
+    KRUL_TRY(krul_pool_new(n_wanted, (size_t)n_wanted, &restore->pool, err));
+    restore->n_running = n_wanted;
+    for (int i = 0; i < n_wanted; i++) {
+        krul_pool_submit(restore->pool, run_steps, restore);
+    }
+done:
+    return status;
+}
+
 krul_status
 krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, int64_t n_steps,
-                   int32_t n_layers, int n_threads, krul_restore **out, krul_error *err)
+                   int32_t n_layers, const krul_restore_options *options, krul_restore **out,
+                   krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     krul_restore *restore = NULL;
     size_t steps_bytes;
     if (n_steps < 0 || n_layers < 0 ||
-        krul_multiply_overflows((size_t)n_steps, sizeof *steps, &steps_bytes)) {
+        krul_multiply_overflows((size_t)n_steps + 1, sizeof *steps, &steps_bytes)) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE,
                          "n_steps is %lld and n_layers %d but both must be 0 or more",
                          (long long)n_steps, (int)n_layers);
     }
+    KRUL_TRY(check_options(options, err));
     for (int64_t i = 0; i < n_steps; i++) {
-        KRUL_TRY(check_step(&steps[i], i, n_layers, err));
+        KRUL_TRY(krul_restore_check_step(&steps[i], i, n_layers, options->machine != NULL, err));
     }
     restore = calloc(1, sizeof *restore);
     if (restore == NULL) {
@@ -290,37 +433,15 @@ krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, 
     restore->backend = backend;
     restore->n_steps = n_steps;
     restore->n_layers = n_layers;
+    restore->machine = options->machine;
+    restore->max_bytes_per_s = options->max_bytes_per_s;
     restore->counts.n_steps = n_steps;
-    restore->start_s = now_s();
-    restore->steps = malloc(steps_bytes > 0 ? steps_bytes : 1);
-    restore->layers = calloc((size_t)n_layers + 1, sizeof *restore->layers);
-    if (restore->steps == NULL || restore->layers == NULL) {
-        status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
-                           (long long)n_steps, (int)n_layers);
-        goto done;
-    }
+    restore->start_s = now_s(restore);
+    KRUL_TRY(take_over(restore, steps, err));
     if (n_steps > 0) {
-        memcpy(restore->steps, steps, steps_bytes);
-    }
-    for (int64_t i = 0; i < n_steps; i++) {
-        const krul_restore_step *step = &restore->steps[i];
-        if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
-            restore->buffer_bytes = (size_t)step->entry.payload_bytes;
-        }
-        for (int k = 0; k < n_views_of(&step->entry); k++) {
-            if (step->views[k].data != NULL) {
-                restore->layers[layer_of(&step->entry, k)].n_steps_left++;
-            }
-        }
-    }
-    if (n_steps > 0) {
-        int n_wanted = n_threads > 0 ? n_threads : krul_pool_n_processors();
+        int n_wanted = options->n_threads > 0 ? options->n_threads : krul_pool_n_processors();
         n_wanted = (int)krul_min_i64(krul_min_i64(n_wanted, n_steps), KRUL_POOL_MAX_THREADS);
-        KRUL_TRY(krul_pool_new(n_wanted, (size_t)n_wanted, &restore->pool, err));
-        restore->n_workers = n_wanted;
-        for (int i = 0; i < n_wanted; i++) {
-            krul_pool_submit(restore->pool, run_steps, restore);
-        }
+        KRUL_TRY(start_workers(restore, n_wanted, err));
     }
     *out = restore;
     restore = NULL;
@@ -344,6 +465,9 @@ krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
                          (int)layer, (int)restore->n_layers - 1);
     }
     pthread_mutex_lock(&restore->lock);
+    if (restore->machine != NULL) {
+        imagine_layer(restore, layer);
+    }
     while (!is_done(restore, layer)) {
         pthread_cond_wait(&restore->has_changed, &restore->lock);
     }
@@ -366,12 +490,10 @@ krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
 bool
 krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s)
 {
-    if (layer < 0 || layer >= restore->n_layers) {
+    if (layer < 0 || layer >= restore->n_layers || restore->machine != NULL) {
         return true;
     }
-    double end_s = now_s() + timeout_s;
-    struct timespec end = {.tv_sec = (time_t)end_s};
-    end.tv_nsec = (long)((end_s - (double)end.tv_sec) * 1e9);
+    struct timespec end = as_timespec(clock_s() + timeout_s);
     int failure = 0;
     pthread_mutex_lock(&restore->lock);
     while (!is_done(restore, layer) && timeout_s > 0 && failure == 0) {
@@ -380,6 +502,50 @@ krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s)
     bool result = is_done(restore, layer);
     pthread_mutex_unlock(&restore->lock);
     return result;
+}
+
+/* Where this step writes to the first n_tokens tokens of a layer and nothing else of it: the index
+ * of that view, else -1. */
+static int
+view_before(const krul_restore_step *step, int32_t layer, int64_t n_tokens)
+{
+    for (int i = 0; i < krul_restore_n_views(&step->entry); i++) {
+        bool is_before = step->entry.token_start + step->views[i].shape[2] <= n_tokens;
+        if (krul_restore_layer_of(&step->entry, i) == layer && step->views[i].data != NULL &&
+            is_before) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+void
+krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens)
+{
+    pthread_mutex_lock(&restore->lock);
+    while (restore->machine != NULL && imagine_step(restore, restore->machine->now_s)) {
+    }
+    for (int64_t i = 0; i < restore->n_steps; i++) {
+        krul_restore_step *step = &restore->steps[i];
+        while (restore->states[i] == STEP_DECODING && view_before(step, layer, n_tokens) >= 0) {
+            pthread_cond_wait(&restore->has_changed, &restore->lock);
+        }
+        int view = view_before(step, layer, n_tokens);
+        if (view >= 0 && restore->states[i] != STEP_DONE) {
+            let_go(restore, step, view);
+        }
+    }
+    pthread_cond_broadcast(&restore->has_changed);
+    pthread_mutex_unlock(&restore->lock);
+}
+
+void
+krul_restore_limit(krul_restore *restore, double max_bytes_per_s)
+{
+    pthread_mutex_lock(&restore->lock);
+    restore->max_bytes_per_s = max_bytes_per_s;
+    restore->link_free_s = 0;
+    pthread_mutex_unlock(&restore->lock);
 }
 
 void
@@ -392,10 +558,23 @@ krul_restore_cancel(krul_restore *restore)
 }
 
 void
+krul_restore_abandon(krul_restore *restore)
+{
+    krul_restore_cancel(restore);
+    pthread_mutex_lock(&restore->lock);
+    for (int64_t i = 0; i < restore->n_steps; i++) {
+        while (restore->states[i] == STEP_DECODING) {
+            pthread_cond_wait(&restore->has_changed, &restore->lock);
+        }
+    }
+    pthread_mutex_unlock(&restore->lock);
+}
+
+void
 krul_restore_join(krul_restore *restore)
 {
     pthread_mutex_lock(&restore->lock);
-    while (restore->n_workers > 0) {
+    while (restore->n_running > 0) {
         pthread_cond_wait(&restore->has_changed, &restore->lock);
     }
     pthread_mutex_unlock(&restore->lock);
@@ -407,8 +586,19 @@ krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out)
     pthread_mutex_lock(&restore->lock);
     *out = restore->counts;
     if (out->n_steps_done < out->n_steps) {
-        out->elapsed_s = now_s() - restore->start_s;
+        out->elapsed_s = now_s(restore) - restore->start_s;
     }
+    if (restore->n_reading > 0) {
+        out->read_wall_s += clock_s() - restore->reading_since_s;
+    }
+    pthread_mutex_unlock(&restore->lock);
+}
+
+void
+krul_restore_read_trace(krul_restore *restore, krul_restore_trace *out)
+{
+    pthread_mutex_lock(&restore->lock);
+    memcpy(out, restore->traces, (size_t)restore->n_steps * sizeof *out);
     pthread_mutex_unlock(&restore->lock);
 }
 
@@ -423,6 +613,9 @@ krul_restore_free(krul_restore *restore)
     pthread_mutex_destroy(&restore->lock);
     pthread_cond_destroy(&restore->has_changed);
     free(restore->steps);
+    free(restore->states);
+    free(restore->traces);
     free(restore->layers);
+    free(restore->free_s);
     free(restore);
 }

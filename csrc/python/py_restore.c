@@ -1,6 +1,7 @@
 /* py_restore.c - krul._core.Restore: a restore under way, as Python holds it. */
 #include "py_krul.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 /* How long one wait sleeps before it looks for Ctrl-C. */
@@ -9,6 +10,9 @@ static const double signal_check_s = 0.1;
 typedef struct py_restore {
     PyObject_HEAD
     krul_restore *restore;
+    krul_restore_machine machine; /* used where it is made up */
+    bool is_made_up;
+    int64_t n_steps;
     py_krul_borrowed *arrays;
     Py_ssize_t n_arrays;
     Py_buffer *payloads;
@@ -28,7 +32,8 @@ release_arrays(py_restore *self)
     self->n_payloads = 0;
 }
 
-/* Fill one step from (fd, payload or None, entry, (array or None, ...)). */
+/* Fill one step from (fd, payload or None, entry, (array or None, ...)). On a machine that is made
+ * up an array is anything but None, and only that counts. */
 static int
 parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_step *step)
 {
@@ -73,6 +78,11 @@ parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_
         if (array == Py_None) {
             continue;
         }
+        if (self->is_made_up) {
+            step->views[i].data = self;
+            step->views[i].shape[2] = step->entry.n_tokens;
+            continue;
+        }
         py_krul_borrowed *borrowed = &self->arrays[self->n_arrays];
         if (py_krul_borrow(state, array, "a step's array", true, borrowed) != 0) {
             goto done;
@@ -87,16 +97,34 @@ done:
     return result;
 }
 
+/* (bytes read per second, latency in seconds, bytes decoded per second and thread) */
+static int
+parse_machine(PyObject *machine, krul_restore_machine *out)
+{
+    PyObject *tuple = PySequence_Tuple(machine);
+    bool is_good = tuple != NULL &&
+                   PyArg_ParseTuple(tuple,
+                                    "ddd;a machine is (read_bytes_per_s, read_latency_s, "
+                                    "decode_bytes_per_s)",
+                                    &out->read_bytes_per_s, &out->read_latency_s,
+                                    &out->decode_bytes_per_s);
+    Py_XDECREF(tuple);
+    return is_good ? 0 : -1;
+}
+
 static PyObject *
 restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"steps", "n_layers", "n_threads", "backend", NULL};
+    static char *names[] = {"steps",           "n_layers", "n_threads", "backend",
+                            "max_bytes_per_s", "machine",  NULL};
     PyObject *steps_in;
     PyObject *backend_name = Py_None;
+    PyObject *machine = Py_None;
     int n_layers;
-    int n_threads = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iO:Restore", names, &steps_in, &n_layers,
-                                     &n_threads, &backend_name)) {
+    krul_restore_options options = {.n_threads = 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iOdO:Restore", names, &steps_in, &n_layers,
+                                     &options.n_threads, &backend_name, &options.max_bytes_per_s,
+                                     &machine)) {
         return NULL;
     }
     py_krul_state *state = PyType_GetModuleState(type);
@@ -112,7 +140,13 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     krul_restore_step *steps = PyMem_Calloc((size_t)n_steps + 1, sizeof *steps);
     py_restore *self = (py_restore *)type->tp_alloc(type, 0);
     bool is_good = self != NULL && steps != NULL;
+    if (is_good && machine != Py_None) {
+        self->is_made_up = true;
+        options.machine = &self->machine;
+        is_good = parse_machine(machine, &self->machine) == 0;
+    }
     if (is_good) {
+        self->n_steps = n_steps;
         self->arrays = PyMem_Calloc((size_t)n_steps * KRUL_COMPRESSOR_MAX_VIEWS + 1,
                                     sizeof *self->arrays);
         self->payloads = PyMem_Calloc((size_t)n_steps + 1, sizeof *self->payloads);
@@ -128,7 +162,7 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         krul_error err;
         krul_status status;
         Py_BEGIN_ALLOW_THREADS
-        status = krul_restore_start(backend, steps, n_steps, n_layers, n_threads, &self->restore,
+        status = krul_restore_start(backend, steps, n_steps, n_layers, &options, &self->restore,
                                     &err);
         Py_END_ALLOW_THREADS
         if (status != KRUL_STATUS_OK) {
@@ -243,10 +277,133 @@ restore_counts(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     krul_restore_counts counts;
     krul_restore_read_counts(((py_restore *)object)->restore, &counts);
-    return Py_BuildValue("{s:L,s:L,s:K,s:d,s:d,s:d}", "n_steps", (long long)counts.n_steps,
+    PyObject *by_codec = PyDict_New();
+    for (int codec = 0; by_codec != NULL && codec < KRUL_N_CODECS; codec++) {
+        if (counts.decoded_bytes_by_codec[codec] == 0) {
+            continue;
+        }
+        PyObject *key = PyLong_FromLong(codec);
+        PyObject *value = Py_BuildValue("Kd",
+                                        (unsigned long long)counts.decoded_bytes_by_codec[codec],
+                                        counts.decode_s_by_codec[codec]);
+        if (key == NULL || value == NULL || PyDict_SetItem(by_codec, key, value) != 0) {
+            Py_CLEAR(by_codec);
+        }
+        Py_XDECREF(key);
+        Py_XDECREF(value);
+    }
+    if (by_codec == NULL) {
+        return NULL;
+    }
+    return Py_BuildValue("{s:L,s:L,s:K,s:d,s:d,s:d,s:d,s:N}", "n_steps", (long long)counts.n_steps,
                          "n_steps_done", (long long)counts.n_steps_done, "read_bytes",
-                         (unsigned long long)counts.read_bytes, "read_s", counts.read_s, "decode_s",
-                         counts.decode_s, "elapsed_s", counts.elapsed_s);
+                         (unsigned long long)counts.read_bytes, "read_s", counts.read_s,
+                         "read_wall_s", counts.read_wall_s, "decode_s", counts.decode_s,
+                         "elapsed_s", counts.elapsed_s, "by_codec", by_codec);
+}
+
+PyDoc_STRVAR(restore_trace_doc,
+             "trace($self, /)\n--\n\n"
+             "When each step was carried out, n_steps x 4 float64: worker, or -1 where it was not,\n"
+             "and the seconds since the start at which it began, was read and was decoded.");
+
+static PyObject *
+restore_trace(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    py_restore *self = (py_restore *)object;
+    npy_intp shape[2] = {self->n_steps, 4};
+    PyObject *array = PyArray_SimpleNew(2, shape, NPY_DOUBLE);
+    krul_restore_trace *traces = PyMem_Calloc((size_t)self->n_steps + 1, sizeof *traces);
+    if (array == NULL || traces == NULL) {
+        Py_CLEAR(array);
+        PyErr_NoMemory();
+        goto done;
+    }
+    krul_restore_read_trace(self->restore, traces);
+    double *out = PyArray_DATA((PyArrayObject *)array);
+    for (int64_t i = 0; i < self->n_steps; i++) {
+        out[4 * i] = traces[i].worker;
+        out[4 * i + 1] = traces[i].begin_s;
+        out[4 * i + 2] = traces[i].read_s;
+        out[4 * i + 3] = traces[i].end_s;
+    }
+done:
+    PyMem_Free(traces);
+    return array;
+}
+
+PyDoc_STRVAR(restore_drop_doc,
+             "drop($self, layer, n_tokens, /)\n--\n\n"
+             "The caller writes a layer's first tokens itself: blocks that hold nothing else are\n"
+             "dropped. When it returns no thread writes there.");
+
+static PyObject *
+restore_drop(PyObject *object, PyObject *args)
+{
+    int layer;
+    long long n_tokens;
+    if (!PyArg_ParseTuple(args, "iL:drop", &layer, &n_tokens)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    krul_restore_drop(((py_restore *)object)->restore, layer, n_tokens);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_limit_doc, "limit($self, max_bytes_per_s, /)\n--\n\n"
+                                "Change how many bytes are read per second; 0: no limit.");
+
+static PyObject *
+restore_limit(PyObject *object, PyObject *argument)
+{
+    double max_bytes_per_s = PyFloat_AsDouble(argument);
+    if (max_bytes_per_s == -1.0 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (!(max_bytes_per_s >= 0)) {
+        return PyErr_Format(PyExc_ValueError, "max_bytes_per_s is %R but must be 0 or more",
+                            argument);
+    }
+    krul_restore_limit(((py_restore *)object)->restore, max_bytes_per_s);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_abandon_doc,
+             "abandon($self, /)\n--\n\n"
+             "Cancel, and return when no thread touches an array any more, without waiting for\n"
+             "reads: files and payloads are in use until `close`.");
+
+static PyObject *
+restore_abandon(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    Py_BEGIN_ALLOW_THREADS
+    krul_restore_abandon(((py_restore *)object)->restore);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_advance_doc,
+             "advance($self, seconds, /)\n--\n\n"
+             "Let time pass on a machine that is made up, and return what time it is there.");
+
+static PyObject *
+restore_advance(PyObject *object, PyObject *argument)
+{
+    py_restore *self = (py_restore *)object;
+    double seconds = PyFloat_AsDouble(argument);
+    if (seconds == -1.0 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (!self->is_made_up) {
+        PyErr_SetString(PyExc_ValueError, "time passes by itself on a machine that is real");
+        return NULL;
+    }
+    if (!(seconds >= 0) || !isfinite(seconds)) {
+        return PyErr_Format(PyExc_ValueError, "seconds is %R but must be 0 or more", argument);
+    }
+    self->machine.now_s += seconds;
+    return PyFloat_FromDouble(self->machine.now_s);
 }
 
 static PyMethodDef restore_methods[] = {
@@ -255,14 +412,22 @@ static PyMethodDef restore_methods[] = {
     {"cancel", restore_cancel, METH_NOARGS, restore_cancel_doc},
     {"close", restore_close, METH_NOARGS, restore_close_doc},
     {"counts", restore_counts, METH_NOARGS, restore_counts_doc},
+    {"trace", restore_trace, METH_NOARGS, restore_trace_doc},
+    {"drop", restore_drop, METH_VARARGS, restore_drop_doc},
+    {"limit", restore_limit, METH_O, restore_limit_doc},
+    {"abandon", restore_abandon, METH_NOARGS, restore_abandon_doc},
+    {"advance", restore_advance, METH_O, restore_advance_doc},
     {NULL, NULL, 0, NULL},
 };
 
 PyDoc_STRVAR(restore_doc,
-             "Restore(steps, n_layers, n_threads=0, backend=None)\n--\n\n"
+             "Restore(steps, n_layers, n_threads=0, backend=None, max_bytes_per_s=0.0, "
+             "machine=None)\n--\n\n"
              "Blocks on their way from files or memory into arrays, on threads of the library.\n\n"
              "Each step is ``(fd, payload or None, entry, arrays)``; arrays are written in place\n"
-             "and are kept alive, files must stay open until `close`.");
+             "and are kept alive, files must stay open until `close`. A machine is\n"
+             "``(read_bytes_per_s, read_latency_s, decode_bytes_per_s)``: one that is made up, on\n"
+             "which only a clock moves.");
 
 static PyType_Slot restore_slots[] = {
     {Py_tp_new, restore_new},

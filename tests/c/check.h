@@ -4,6 +4,8 @@
 
 #include <stdio.h>
 
+#include "krul.h"
+
 static int check_n_passed, check_n_failed;
 
 /* A test goes on after a failure, so that one run shows all of them. */
@@ -11,6 +13,15 @@ static int check_n_passed, check_n_failed;
     ((condition) ? (void)check_n_passed++                                                          \
                  : (void)(check_n_failed++,                                                        \
                           fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition)))
+
+/* The fastest table that this machine can run; krul_backend_at(0) may be another's. */
+static inline const krul_backend *
+check_best_backend(void)
+{
+    const krul_backend *backend = NULL;
+    CHECK(krul_backend_find(NULL, &backend, NULL) == KRUL_STATUS_OK);
+    return backend;
+}
 
 /* The value for main to return. */
 static inline int

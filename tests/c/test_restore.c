@@ -25,13 +25,14 @@ view_of(float *data, int64_t n_tokens)
                        .stride = {N_VALUES, N_VALUES, HEAD_DIM, 1}};
 }
 
-static const krul_backend *
-best_backend(void)
+/* Start on a number of threads of this machine. */
+static krul_status
+start(const krul_restore_step *steps, int64_t n_steps, int32_t n_layers, int n_threads,
+      krul_restore **out)
 {
-    const krul_backend *backend = NULL;
     krul_error err;
-    CHECK(krul_backend_find(NULL, &backend, &err) == KRUL_STATUS_OK);
-    return backend;
+    krul_restore_options options = {.n_threads = n_threads};
+    return krul_restore_start(check_best_backend(), steps, n_steps, n_layers, &options, out, &err);
 }
 
 static void
@@ -45,7 +46,7 @@ encode_all(void)
         krul_view view = view_of(source[layer], N_TOKENS);
         size_t n_bytes = 0;
         krul_codec used = KRUL_CODEC_EXACT;
-        CHECK(krul_compressor_encode(best_backend(), KRUL_CODEC_EXACT, KRUL_KV_KEY, &view, 1,
+        CHECK(krul_compressor_encode(check_best_backend(), KRUL_CODEC_EXACT, KRUL_KV_KEY, &view, 1,
                                      payloads[layer], sizeof payloads[layer], &n_bytes, &used, NULL,
                                      &err) == KRUL_STATUS_OK);
         entries[layer] = (krul_store_entry){.kind = KRUL_STORE_ENTRY_BLOCK,
@@ -82,8 +83,7 @@ test_from_memory(void)
         krul_restore *restore = NULL;
         memset(target, 0, sizeof target);
         steps_from_memory(steps);
-        CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS + 1, n_threads, &restore,
-                                 &err) == KRUL_STATUS_OK);
+        CHECK(start(steps, N_LAYERS, N_LAYERS + 1, n_threads, &restore) == KRUL_STATUS_OK);
         memset(steps, 0, sizeof steps); /* they were copied */
         for (int32_t layer = N_LAYERS; layer >= 0; layer--) {
             CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
@@ -109,24 +109,23 @@ test_first_tokens(void)
     krul_restore *restore = NULL;
     memset(target, 0, sizeof target);
     step.views[0] = view_of(target[0], 9);
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_OK);
     CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
     CHECK(memcmp(source[0], target[0], 9 * HEAD_DIM * sizeof(float)) == 0);
     CHECK(target[0][9 * HEAD_DIM] == 0);
     krul_restore_free(restore);
 }
 
-static void
-test_from_file(bool is_damaged)
+/* Write the payloads to a file that has no name and make the steps read them from there. */
+static int
+steps_from_file(krul_restore_step *steps)
 {
-    krul_error err;
     char name[] = "/tmp/krul_test_restore_XXXXXX";
     int fd = mkstemp(name);
     CHECK(fd >= 0);
     unlink(name);
-    krul_restore_step steps[N_LAYERS];
-    steps_from_memory(steps);
     uint64_t offset = 0;
+    steps_from_memory(steps);
     for (int layer = 0; layer < N_LAYERS; layer++) {
         size_t n_bytes = (size_t)entries[layer].payload_bytes;
         steps[layer].fd = fd;
@@ -136,14 +135,23 @@ test_from_file(bool is_damaged)
         CHECK(pwrite(fd, payloads[layer], n_bytes, (off_t)offset) == (ssize_t)n_bytes);
         offset += n_bytes;
     }
+    return fd;
+}
+
+static void
+test_from_file(bool is_damaged)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    uint64_t n_bytes = steps[N_LAYERS - 1].entry.offset + steps[N_LAYERS - 1].entry.payload_bytes;
     if (is_damaged) {
         uint8_t byte = (uint8_t)~payloads[2][40];
         CHECK(pwrite(fd, &byte, 1, (off_t)steps[2].entry.offset + 40) == 1);
     }
     memset(target, 0, sizeof target);
     krul_restore *restore = NULL;
-    CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS, 2, &restore, &err) ==
-          KRUL_STATUS_OK);
+    CHECK(start(steps, N_LAYERS, N_LAYERS, 2, &restore) == KRUL_STATUS_OK);
     for (int32_t layer = 0; layer < N_LAYERS; layer++) {
         krul_status expected = is_damaged && layer == 2 ? KRUL_STATUS_CORRUPT : KRUL_STATUS_OK;
         CHECK(krul_restore_wait(restore, layer, &err) == expected);
@@ -154,9 +162,129 @@ test_from_file(bool is_damaged)
     }
     krul_restore_counts counts;
     krul_restore_read_counts(restore, &counts);
-    CHECK(counts.read_bytes == offset);
+    CHECK(counts.read_bytes == n_bytes);
+    CHECK(counts.read_wall_s > 0 && counts.read_wall_s <= counts.elapsed_s);
+    CHECK(counts.decoded_bytes_by_codec[KRUL_CODEC_EXACT] ==
+          sizeof source - (is_damaged ? sizeof source[2] : 0));
+    krul_restore_trace traces[N_LAYERS];
+    krul_restore_read_trace(restore, traces);
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(traces[layer].worker >= 0 && traces[layer].worker < 2);
+        CHECK(0 <= traces[layer].begin_s && traces[layer].begin_s <= traces[layer].read_s);
+        CHECK(traces[layer].read_s <= traces[layer].end_s);
+    }
     krul_restore_free(restore);
     close(fd);
+}
+
+/* A limit holds up reading by what it says, changing it lets the rest go, and a read that would last
+ * for days holds up neither who gives up on it nor the end. */
+static void
+test_limit(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    krul_restore *restore = NULL;
+    double first_bytes = (double)steps[0].entry.payload_bytes;
+    krul_restore_options options = {.n_threads = 1, .max_bytes_per_s = first_bytes / 0.05};
+    memset(target, 0, sizeof target);
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    krul_restore_limit(restore, 0);
+    CHECK(krul_restore_wait(restore, N_LAYERS - 1, &err) == KRUL_STATUS_OK);
+    CHECK(memcmp(source, target, sizeof source) == 0);
+    krul_restore_trace traces[N_LAYERS];
+    krul_restore_read_trace(restore, traces);
+    CHECK(traces[0].read_s - traces[0].begin_s >= 0.05);
+    krul_restore_free(restore);
+
+    options.max_bytes_per_s = 1e-3;
+    restore = NULL;
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(!krul_restore_wait_for(restore, 0, 0.01));
+    krul_restore_abandon(restore);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_CANCELLED);
+    krul_restore_join(restore);
+    krul_restore_free(restore);
+    options.max_bytes_per_s = -1;
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_BAD_VALUE);
+    close(fd);
+}
+
+/* What is dropped is neither waited for nor written; what was decoded before stays. */
+static void
+test_drop(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    krul_restore *restore = NULL;
+    krul_restore_options options = {.n_threads = 2, .max_bytes_per_s = 1e-3};
+    memset(target, 0, sizeof target);
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    krul_restore_drop(restore, 0, N_TOKENS); /* perhaps being read */
+    krul_restore_drop(restore, 1, N_TOKENS - 1); /* its one block goes on behind that */
+    krul_restore_drop(restore, 3, N_TOKENS); /* not begun */
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 3, &err) == KRUL_STATUS_OK);
+    CHECK(!krul_restore_wait_for(restore, 1, 0));
+    krul_restore_free(restore);
+    for (int i = 0; i < N_VALUES; i++) {
+        CHECK(target[0][i] == 0 && target[3][i] == 0);
+    }
+    close(fd);
+}
+
+/* On a machine that is made up the time of every step follows from four numbers. */
+static void
+test_made_up_machine(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    krul_restore *restore = NULL;
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        entries[layer].payload_bytes = 1000;
+        steps[layer] = (krul_restore_step){.fd = -1, .entry = entries[layer]};
+        steps[layer].views[0].data = steps;
+    }
+    double block_bytes = sizeof source[0];
+    krul_restore_machine machine = {.read_bytes_per_s = 1000,
+                                    .read_latency_s = 0.25,
+                                    .decode_bytes_per_s = block_bytes / 2,
+                                    .now_s = 10};
+    krul_restore_options options = {.n_threads = 1, .machine = &machine};
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    CHECK(machine.now_s == 13.25);
+    machine.now_s += 1;
+    CHECK(krul_restore_wait(restore, 1, &err) == KRUL_STATUS_OK);
+    CHECK(machine.now_s == 16.5);
+    krul_restore_drop(restore, 2, N_TOKENS); /* has begun: too late */
+    krul_restore_drop(restore, 3, N_TOKENS);
+    CHECK(krul_restore_wait(restore, 3, &err) == KRUL_STATUS_OK);
+    CHECK(machine.now_s == 16.5);
+    CHECK(krul_restore_wait(restore, 4, &err) == KRUL_STATUS_OK);
+    CHECK(machine.now_s == 23);
+    krul_restore_free(restore);
+    restore = NULL;
+
+    /* Two workers share the way to the store and decode beside each other. */
+    machine.now_s = 0;
+    options.n_threads = 2;
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 1, &err) == KRUL_STATUS_OK);
+    CHECK(machine.now_s == 4.25);
+    krul_restore_free(restore);
+    machine.decode_bytes_per_s = 0;
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_BAD_VALUE);
 }
 
 static void *
@@ -170,15 +298,13 @@ wait_for_last(void *argument)
 static void
 test_cancel(void)
 {
-    krul_error err;
     for (int round = 0; round < 50; round++) {
         krul_restore_step steps[N_LAYERS];
         krul_restore *restore = NULL;
         pthread_t waiter;
         void *is_expected = NULL;
         steps_from_memory(steps);
-        CHECK(krul_restore_start(best_backend(), steps, N_LAYERS, N_LAYERS, 2, &restore, &err) ==
-              KRUL_STATUS_OK);
+        CHECK(start(steps, N_LAYERS, N_LAYERS, 2, &restore) == KRUL_STATUS_OK);
         CHECK(pthread_create(&waiter, NULL, wait_for_last, restore) == 0);
         krul_restore_cancel(restore);
         krul_restore_join(restore);
@@ -199,46 +325,38 @@ test_refusals(void)
                               .views = {view_of(target[0], N_TOKENS)}};
     krul_restore_step step = good;
     step.entry.kind = KRUL_STORE_ENTRY_META;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
     step = good;
     step.payload = NULL;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
     step = good;
     step.entry.layer_lower = 1;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
     step = good;
     step.entry.head_dim = HEAD_DIM + 1;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_SHAPE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_SHAPE);
     step = good;
     step.views[0].dtype = KRUL_DTYPE_F16;
     step.views[0].shape[3] = HEAD_DIM;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_DTYPE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_DTYPE);
     step = good;
     step.views[0].is_read_only = true;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
     step = good;
     step.views[0].data = NULL;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
-    CHECK(krul_restore_start(best_backend(), &good, -1, 1, 1, &restore, &err) ==
-          KRUL_STATUS_BAD_VALUE);
-    CHECK(krul_restore_start(best_backend(), &good, 1, 1, -1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&good, -1, 1, 1, &restore) == KRUL_STATUS_BAD_VALUE);
+    CHECK(start(&good, 1, 1, -1, &restore) == KRUL_STATUS_OK);
     krul_restore_free(restore);
     restore = NULL;
     /* A payload that is cut short is damage, told to who waits. */
     step = good;
     step.entry.payload_bytes = 3;
-    CHECK(krul_restore_start(best_backend(), &step, 1, 1, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(start(&step, 1, 1, 1, &restore) == KRUL_STATUS_OK);
     CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_CORRUPT);
     krul_restore_free(restore);
     restore = NULL;
-    CHECK(krul_restore_start(best_backend(), NULL, 0, 2, 1, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(start(NULL, 0, 2, 1, &restore) == KRUL_STATUS_OK);
     CHECK(krul_restore_wait(restore, 1, &err) == KRUL_STATUS_OK);
     krul_restore_free(restore);
 }
@@ -252,6 +370,9 @@ main(void)
     test_from_file(false);
     test_from_file(true);
     test_cancel();
+    test_limit();
+    test_drop();
     test_refusals();
+    test_made_up_machine(); /* last: it changes the entries */
     return check_finish();
 }
