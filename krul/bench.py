@@ -13,8 +13,9 @@ import numpy as np
 
 from . import _core, backends
 from .compressor import CODECS
+from .costs import cost_books
 
-__all__ = ["run", "to_text"]
+__all__ = ["costs", "costs_to_text", "run", "to_text"]
 
 SHAPE = (1, 8, 2048, 64)
 N_BLOCKS = 8
@@ -104,4 +105,65 @@ def to_text(result: dict[str, Any]) -> str:
         for row in result["codecs"]
     ]
     lines.append(f"a copy on one thread: {result['copy_gb_s']:.2f}")
+    return "\n".join(lines)
+
+
+def costs(store_path: str) -> list[dict[str, Any]]:
+    """Return what restores from a store plan with, one dict per model and machine.
+
+    Parameters
+    ----------
+    store_path : str
+        The store's directory; one that is not there holds nothing.
+
+    Returns
+    -------
+    list of dict
+        ``model`` (its fingerprint), ``machine``, ``read_bytes_per_s``, ``decode_bytes_per_s`` by
+        the codec's name, ``n_passes`` and ``forward``, what `krul.costs.ForwardCost` says.
+
+    Examples
+    --------
+    >>> costs("/nowhere")
+    []
+    """
+    names = {str(number): name for name, number in CODECS.items()}
+    return [
+        {
+            "model": book.get("model"),
+            "machine": book.get("machine"),
+            "read_bytes_per_s": book.get("read_bytes_per_s"),
+            "decode_bytes_per_s": {
+                names.get(codec, codec): rate
+                for codec, rate in (book.get("decode_bytes_per_s") or {}).items()
+            },
+            "n_passes": len(book.get("passes") or ()),
+            "forward": book.get("forward"),
+        }
+        for book in cost_books(store_path)
+    ]
+
+
+def costs_to_text(books: list[dict[str, Any]]) -> str:
+    """Return what `costs` found as lines to read."""
+    if not books:
+        return "nothing has been measured: open the store and use a model"
+    lines = []
+    for book in books:
+        lines.append(f"model {str(book['model'])[:16]} on {book['machine']}")
+        forward, read = book["forward"], book["read_bytes_per_s"]
+        if forward is not None:
+            lines.append(
+                f"  forward pass of n tokens, s: {forward['overhead_s']:.2e} + "
+                f"{forward['linear_s_per_token']:.2e} n + "
+                f"{forward['quadratic_s_per_token2']:.2e} n^2, of {book['n_passes']} passes"
+            )
+        lines.append(
+            "  reading from the store: "
+            + ("not measured" if read is None else f"{read / 1e9:.2f} GB/s")
+        )
+        lines += [
+            f"  decoding {name}: {rate / 1e9:.2f} GB/s per thread"
+            for name, rate in book["decode_bytes_per_s"].items()
+        ]
     return "\n".join(lines)

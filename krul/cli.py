@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -156,6 +157,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from . import bench
 
+    if options.costs:
+        # Not through the store: looking at it must not make one.
+        books = bench.costs(os.path.expanduser(options.store))
+        if options.json:
+            _print_json(books)
+        else:
+            print(bench.costs_to_text(books))
+        return GOOD
     result = bench.run(is_quick=options.quick)
     if options.json:
         _print_json(result)
@@ -215,8 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     add("gc", _gc, "remove what nothing refers to and what has expired")
     command = add("rm", _rm, "remove conversations")
     command.add_argument("conversation", nargs="+")
-    command = add("bench", _bench, "how fast the codecs run on this machine", is_in_store=False)
+    command = add("bench", _bench, "how fast the codecs run on this machine")
     command.add_argument("--quick", action="store_true", help="a second instead of ten")
+    command.add_argument(
+        "--costs",
+        action="store_true",
+        help="instead, what restores plan with: measured passes, reads and decoders of each model",
+    )
     return parser
 
 

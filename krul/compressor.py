@@ -37,6 +37,7 @@ __all__ = [
     "CODECS",
     "GROUP_TOKENS",
     "MAX_BLOCK_BYTES",
+    "MAX_BLOCK_TOKENS",
     "Block",
     "compress",
     "decompress",
@@ -51,6 +52,10 @@ GROUP_TOKENS = 64
 
 #: Most raw bytes of one tensor in a block.
 MAX_BLOCK_BYTES = 4 * 1024 * 1024
+
+#: Most tokens in a block: a block is read whole, so this is how finely a restore can divide a layer
+#: into what is recomputed and what is loaded.
+MAX_BLOCK_TOKENS = 512
 
 _NAMES = {number: name for name, number in CODECS.items()}
 _KV = {"key": 0, "value": 1}
@@ -233,8 +238,9 @@ def token_runs(
 ) -> list[tuple[int, int]]:
     """Cut a range of tokens into the runs that become blocks.
 
-    The conversation's first `first_exact` tokens are a run of their own. All others are cut at
-    multiples of `GROUP_TOKENS` from where they begin, at most `MAX_BLOCK_BYTES` each.
+    The conversation's first `first_exact` tokens are runs of their own. All others are cut at
+    multiples of `GROUP_TOKENS` from where they begin, at most `MAX_BLOCK_BYTES` and
+    `MAX_BLOCK_TOKENS` each.
 
     Parameters
     ----------
@@ -257,8 +263,8 @@ def token_runs(
 
     Examples
     --------
-    >>> token_runs(0, 5000, 2048, 4)
-    [(0, 4), (4, 2052), (2052, 4100), (4100, 5000)]
+    >>> token_runs(0, 1200, 2048, 4)
+    [(0, 4), (4, 516), (516, 1028), (1028, 1200)]
     >>> token_runs(5000, 5100, 2048, 4)
     [(5000, 5100)]
     """
@@ -268,16 +274,15 @@ def token_runs(
         raise ValueError(f"bytes_per_token is {bytes_per_token} but must be at least 1")
     if first_exact < 0:
         raise ValueError(f"first_exact is {first_exact} but must be at least 0")
-    n_tokens = max(MAX_BLOCK_BYTES // bytes_per_token, 1)
+    n_tokens = min(max(MAX_BLOCK_BYTES // bytes_per_token, 1), MAX_BLOCK_TOKENS)
     if n_tokens > GROUP_TOKENS:
         n_tokens -= n_tokens % GROUP_TOKENS
-    runs = []
-    if token_start < min(first_exact, token_end):
-        runs.append((token_start, min(first_exact, token_end)))
-        token_start = runs[0][1]
-    for start in range(token_start, token_end, n_tokens):
-        runs.append((start, min(start + n_tokens, token_end)))
-    return runs
+    first_end = min(max(first_exact, token_start), token_end)
+    return [
+        (start, min(start + n_tokens, end))
+        for begin, end in ((token_start, first_end), (first_end, token_end))
+        for start in range(begin, end, n_tokens)
+    ]
 
 
 def _check_name(argument: str, value: str, known: dict[str, int]) -> None:

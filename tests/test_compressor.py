@@ -747,6 +747,7 @@ def test_token_runs(start, n_tokens, bytes_per_token, first_exact):
     runs = token_runs(start, end, bytes_per_token, first_exact)
     assert [token for run in runs for token in range(*run)] == list(range(start, end))
     assert all(b > a and ((b - a) * bytes_per_token <= 2**22 or b - a == 1) for a, b in runs)
+    assert all(b - a <= 512 for a, b in runs)
     rest = [run for run in runs if run[1] > first_exact]
     assert all(a >= first_exact for a, _ in rest)
     if bytes_per_token <= 2**16:

@@ -1,0 +1,259 @@
+"""What restoring costs here: measured forward passes, reads and decoders, kept beside the store.
+
+A `CostBook` belongs to one model on one machine. Forward passes tell what recomputing costs,
+restores tell how fast the store and the decoders are; the newest measurements count most. The file
+is a convenience: one that is missing, damaged or absurd is started anew, and whether it can be
+written decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CostBook", "ForwardCost", "cost_book", "cost_books"]
+
+_FORMAT = "krul costs 1"
+_DIRECTORY = ".costs"
+_MAX_FILE_BYTES = 1 << 20
+
+# Passes kept for each power of two of new tokens: few, so that changes are followed.
+_N_PASSES_EACH = 4
+
+# What a rate or a time must lie between to be believed: bytes per second, seconds.
+_RATE_RANGE = (1.0, 1e14)
+_TIME_RANGE = (1e-7, 1e5)
+
+# A restore of fewer bytes says more about opening files than about the store.
+_MIN_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What one forward pass of a whole model costs.
+
+    Running ``n`` tokens after ``n_before`` others takes ``overhead_s + linear_s_per_token * n +
+    quadratic_s_per_token2 * ((n_before + n)^2 - n_before^2)`` seconds.
+    """
+
+    overhead_s: float
+    linear_s_per_token: float
+    quadratic_s_per_token2: float
+
+    def seconds(self, n_tokens: int, n_before: int = 0) -> float:
+        """Return what a pass of `n_tokens` after `n_before` others takes."""
+        squares = float((n_before + n_tokens) ** 2 - n_before**2)
+        return (
+            self.overhead_s
+            + self.linear_s_per_token * n_tokens
+            + self.quadratic_s_per_token2 * squares
+        )
+
+
+def _is_in(value: Any, limits: tuple[float, float]) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and limits[0] <= value <= limits[1]
+
+
+def _fit(passes: list[tuple[int, int, float]]) -> ForwardCost | None:
+    """Fit the three costs by relative least squares, none of them below zero."""
+    if not passes:
+        return None
+    rows = np.array([[1.0, n, float((before + n) ** 2 - before**2)] for before, n, _ in passes])
+    seconds = np.array([row[2] for row in passes])
+    rows /= seconds[:, None]
+    scale = np.abs(rows).max(axis=0)
+    best, best_error = None, math.inf
+    # Three unknowns: trying every set of those above zero is the whole of the optimisation.
+    for n_used in (1, 2, 3):
+        for used in itertools.combinations(range(3), n_used):
+            columns = rows[:, used] / scale[list(used)]
+            found, _, rank, _ = np.linalg.lstsq(columns, np.ones(len(passes)), rcond=None)
+            error = float(((columns @ found - 1) ** 2).sum())
+            if rank < n_used or (found < 0).any() or error >= best_error * (1 - 1e-9):
+                continue
+            best, best_error = np.zeros(3), error
+            best[list(used)] = found / scale[list(used)]
+    return None if best is None else ForwardCost(*(float(value) for value in best))
+
+
+class CostBook:
+    """Measurements of one model on one machine; safe from several threads.
+
+    Parameters
+    ----------
+    path : str or None
+        The file to keep them in; None keeps them in memory.
+    model : str
+        What the model is, for who reads the file.
+
+    Examples
+    --------
+    >>> book = CostBook(None, "tiny")
+    >>> book.forward() is None
+    True
+    >>> for n in (100, 200, 400):
+    ...     book.add_forward(0, n, 0.001 * n)
+    >>> round(book.forward().seconds(1000), 3)
+    1.0
+    """
+
+    def __init__(self, path: str | None, model: str) -> None:
+        self.path, self.model = path, model
+        self.read_bytes_per_s: float | None = None
+        self._decode_bytes_per_s: dict[int, float] = {}
+        self._passes: dict[int, list[tuple[int, int, float]]] = {}
+        self._lock = threading.Lock()
+        self._is_changed = False
+        if path is not None:
+            self._take(_read_json(path))
+
+    # -- what was measured --
+
+    def add_forward(self, n_before: int, n_new: int, seconds: float) -> None:
+        """Note a pass of `n_new` tokens after `n_before` others; an absurd one is left out."""
+        if n_new < 1 or n_before < 0 or not _is_in(seconds, _TIME_RANGE):
+            return
+        with self._lock:
+            passes = self._passes.setdefault(int(math.log2(n_new)), [])
+            passes.append((int(n_before), int(n_new), float(seconds)))
+            del passes[:-_N_PASSES_EACH]
+            self._is_changed = True
+
+    def add_restore(self, counts: dict[str, Any]) -> None:
+        """Note what ``_core.Restore.counts`` gives of a restore."""
+        with self._lock:
+            if counts["read_bytes"] >= _MIN_READ_BYTES and counts["read_wall_s"] > 0:
+                rate = counts["read_bytes"] / counts["read_wall_s"]
+                self.read_bytes_per_s = _blend(self.read_bytes_per_s, rate)
+            for codec, (n_bytes, seconds) in counts["by_codec"].items():
+                if n_bytes >= _MIN_READ_BYTES and seconds > 0:
+                    self._decode_bytes_per_s[codec] = _blend(
+                        self._decode_bytes_per_s.get(codec), n_bytes / seconds
+                    )
+            self._is_changed = True
+
+    # -- what it comes to --
+
+    def forward(self) -> ForwardCost | None:
+        """Return what a forward pass costs, or None before any was measured."""
+        with self._lock:
+            passes = [row for rows in self._passes.values() for row in rows]
+        # Passes of a token or two are all overhead: they say nothing of what a prefix costs.
+        return _fit([row for row in passes if row[1] >= 8] or passes)
+
+    def decode_bytes_per_s(self, codec: int) -> float | None:
+        """Return how many bytes one thread decodes in a second, or None if that is unknown."""
+        with self._lock:
+            return self._decode_bytes_per_s.get(codec)
+
+    # -- the file --
+
+    def _take(self, found: Any) -> None:
+        if not isinstance(found, dict) or found.get("format") != _FORMAT:
+            return
+        rate = found.get("read_bytes_per_s")
+        self.read_bytes_per_s = float(rate) if _is_in(rate, _RATE_RANGE) else None
+        decoders = found.get("decode_bytes_per_s")
+        for codec, rate in decoders.items() if isinstance(decoders, dict) else ():
+            if codec.isascii() and codec.isdecimal() and _is_in(rate, _RATE_RANGE):
+                self._decode_bytes_per_s[int(codec)] = float(rate)
+        passes = found.get("passes")
+        for row in passes if isinstance(passes, list) else ():
+            is_row = isinstance(row, list) and len(row) == 3
+            if is_row and all(_is_in(n, (0, 2**30)) for n in row[:2]):
+                self.add_forward(*row)
+        self._is_changed = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        forward = self.forward()
+        with self._lock:
+            return {
+                "format": _FORMAT,
+                "model": self.model,
+                "machine": _machine(),
+                "read_bytes_per_s": self.read_bytes_per_s,
+                "decode_bytes_per_s": {
+                    str(codec): rate for codec, rate in sorted(self._decode_bytes_per_s.items())
+                },
+                "passes": [list(row) for rows in self._passes.values() for row in rows],
+                "forward": None if forward is None else vars(forward),
+            }
+
+    def save(self) -> None:
+        """Write the file if anything is new; a failure is left alone."""
+        if self.path is None or not self._is_changed:
+            return
+        content = json.dumps(self.to_dict(), indent=1).encode()
+        self._is_changed = False
+        with contextlib.suppress(OSError):
+            directory = os.path.dirname(self.path)
+            os.makedirs(directory, 0o700, exist_ok=True)
+            fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=directory)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(content)
+                os.replace(temporary, self.path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+def _blend(old: float | None, new: float) -> float:
+    """Go half of the way to a new rate, in the logarithm: a store may be 100 times slower today."""
+    new = min(max(new, _RATE_RANGE[0]), _RATE_RANGE[1])
+    return new if old is None else math.sqrt(old * new)
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read(_MAX_FILE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _machine() -> str:
+    return f"{platform.node()}, {platform.machine()}, {os.cpu_count()} processors"
+
+
+_books: dict[str, CostBook] = {}
+_books_lock = threading.Lock()
+
+
+def cost_book(store_path: str, fingerprint: str) -> CostBook:
+    """Return the book of a model, by its exact fingerprint, in a store on this machine."""
+    digest = hashlib.sha256(f"{_machine()}|{fingerprint}".encode()).hexdigest()[:32]
+    path = os.path.join(store_path, _DIRECTORY, f"{digest}.json")
+    with _books_lock:
+        book = _books.get(path)
+        if book is None:
+            book = _books[path] = CostBook(path, fingerprint)
+        return book
+
+
+def cost_books(store_path: str) -> list[dict[str, Any]]:
+    """Return every book of a store, other machines' too, as plain JSON values."""
+    directory = os.path.join(store_path, _DIRECTORY)
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        content = _read_json(os.path.join(directory, name))
+        if isinstance(content, dict) and content.get("format") == _FORMAT:
+            found.append(content)
+    return found

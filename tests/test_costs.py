@@ -1,0 +1,171 @@
+"""Measured costs: what is fitted, what is kept, and what a bad file or figure does."""
+
+import json
+import math
+import os
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krul import cli, costs
+from krul.costs import CostBook, ForwardCost
+
+
+def counts(read_bytes=1 << 20, read_wall_s=0.01, by_codec=None):
+    return {"read_bytes": read_bytes, "read_wall_s": read_wall_s, "by_codec": by_codec or {}}
+
+
+def book_of(truth, sizes):
+    book = CostBook(None, "made up")
+    for n_before, n_new in sizes:
+        book.add_forward(n_before, n_new, truth.seconds(n_new, n_before))
+    return book
+
+
+@given(
+    overhead=st.floats(0, 1),
+    linear=st.floats(1e-6, 1e-2),
+    quadratic=st.floats(0, 1e-6),
+)
+def test_the_fit_finds_what_was_put_in(overhead, linear, quadratic):
+    truth = ForwardCost(overhead, linear, quadratic)
+    book = book_of(truth, [(0, 64), (0, 100), (200, 500), (0, 1000), (4000, 2000), (0, 9000)])
+    found = book.forward()
+    for n_tokens, n_before in ((64, 0), (700, 0), (3000, 0), (16, 5000)):
+        expected = truth.seconds(n_tokens, n_before)
+        assert math.isclose(found.seconds(n_tokens, n_before), expected, rel_tol=1e-4)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9000), st.integers(1, 9000), st.floats(1e-6, 100)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_no_cost_is_below_zero_whatever_was_measured(passes):
+    book = CostBook(None, "noise")
+    for row in passes:
+        book.add_forward(*row)
+    found = book.forward()
+    assert min(vars(found).values()) >= 0
+    assert all(np.isfinite(value) for value in vars(found).values())
+    assert found.seconds(100) > 0
+
+
+def test_the_newest_passes_count():
+    book = CostBook(None, "changing")
+    for seconds in (9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0):
+        book.add_forward(0, 1000, seconds)
+    assert math.isclose(book.forward().seconds(1000), 1.0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [(0, 10, math.nan), (0, 10, math.inf), (0, 10, 0.0), (0, 10, -1.0), (0, 0, 1.0), (-1, 5, 1.0)],
+)
+def test_absurd_passes_are_left_out(row):
+    book = CostBook(None, "absurd")
+    book.add_forward(*row)
+    assert book.forward() is None
+
+
+def test_restores_move_the_rates_half_of_the_way():
+    book = CostBook(None, "disk")
+    book.add_restore(counts(read_bytes=1 << 20, read_wall_s=1.0, by_codec={2: (1 << 22, 0.5)}))
+    assert book.read_bytes_per_s == 1 << 20
+    assert book.decode_bytes_per_s(2) == 1 << 23
+    assert book.decode_bytes_per_s(3) is None
+    book.add_restore(counts(read_bytes=1 << 22, read_wall_s=1.0))
+    assert book.read_bytes_per_s == 1 << 21
+    book.add_restore(counts(read_bytes=100, read_wall_s=1.0, by_codec={2: (9, 1.0)}))
+    assert book.read_bytes_per_s == 1 << 21
+    assert book.decode_bytes_per_s(2) == 1 << 23
+    book.add_restore(counts(read_wall_s=0.0))
+    assert book.read_bytes_per_s == 1 << 21
+
+
+def test_a_book_is_kept_with_its_store_and_found_again(tmp_path):
+    path = tmp_path / ".costs" / "book.json"
+    book = CostBook(str(path), "some model")
+    book.add_forward(0, 100, 0.5)
+    book.add_restore(counts(by_codec={3: (1 << 20, 0.1)}))
+    book.save()
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    again = CostBook(str(path), "some model")
+    assert again.to_dict() == book.to_dict()
+    written = path.stat().st_mtime_ns
+    again.save()  # nothing is new
+    assert path.stat().st_mtime_ns == written
+    assert os.listdir(path.parent) == ["book.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"[]",
+        b'{"format": "krul costs 2", "read_bytes_per_s": 5}',
+        b'{"format": "krul costs 1", "read_bytes_per_s": -5, "passes": 7}',
+        b'{"format": "krul costs 1", "read_bytes_per_s": NaN, "decode_bytes_per_s": [1]}',
+        b'{"format": "krul costs 1", "read_bytes_per_s": true, "passes": [[1], "x", [0, 5, -1]]}',
+        b'{"format": "krul costs 1", "passes": [[1e300, 5, 1], [0, "5", 1], [0, 5, "1"], null]}',
+        b'{"format": "krul costs 1", "decode_bytes_per_s": {"x": 5, "2": "5", "3": 1e300}}',
+    ],
+)
+def test_a_bad_file_is_no_file(tmp_path, content):
+    path = tmp_path / "book.json"
+    path.write_bytes(content)
+    book = CostBook(str(path), "model")
+    assert book.forward() is None
+    assert book.read_bytes_per_s is None
+    assert book.decode_bytes_per_s(2) is None
+    book.add_forward(0, 100, 1.0)
+    book.save()
+    assert json.loads(path.read_bytes())["passes"] == [[0, 100, 1.0]]
+
+
+def test_a_book_that_cannot_be_written_harms_nobody(tmp_path):
+    (tmp_path / "file").write_text("")
+    book = CostBook(str(tmp_path / "file" / "book.json"), "model")
+    book.add_forward(0, 100, 1.0)
+    book.save()
+    assert math.isclose(book.forward().seconds(100), 1.0)
+
+
+def test_one_book_for_one_model_and_store(tmp_path):
+    first = costs.cost_book(str(tmp_path), "a" * 64)
+    assert costs.cost_book(str(tmp_path), "a" * 64) is first
+    assert costs.cost_book(str(tmp_path), "b" * 64) is not first
+    threads = [
+        threading.Thread(target=lambda: [first.add_forward(0, 9, 1.0) for _ in range(500)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert math.isclose(first.forward().seconds(9), 1.0)
+
+
+def test_the_command_line_shows_them(tmp_path, capsys):
+    assert cli.main(["bench", "--costs", "--store", str(tmp_path / "none")]) == 0
+    assert "nothing has been measured" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    book = costs.cost_book(str(tmp_path), "c" * 64)
+    book.add_forward(0, 100, 1.0)
+    book.add_restore(counts(by_codec={3: (1 << 20, 0.1)}))
+    book.save()
+    assert cli.main(["bench", "--costs", "--store", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["model"] == "c" * 64
+    assert list(found[0]["decode_bytes_per_s"]) == ["int4"]
+    assert cli.main(["bench", "--costs", "--store", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "forward pass of n tokens" in text
+    assert "decoding int4" in text
