@@ -43,6 +43,7 @@ from .layer import (
     sliding_n_held,
     sliding_state,
 )
+from .recompute import recompute_prefix
 from .reports import RestoreReport, SaveReport
 from .settings import Settings
 
@@ -74,6 +75,9 @@ class _Feed:
     n_new: int
     sliding: list[tuple[int, tuple[torch.Tensor | None, torch.Tensor | None, int]]]
     thread_id: int
+    n_batch: int  # 0 where it is not known
+    started: float
+    is_first: bool  # over a history that is being restored
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -170,6 +174,10 @@ class Cache(DynamicCache):
         self.save_report: SaveReport | None = None
         #: Why the history cannot be recomputed from its tokens; empty when it can.
         self.recompute_blocker = ""
+        #: Why its layers cannot be recomputed for different numbers of tokens; likewise.
+        self.partial_blocker = ""
+        #: What forward passes and restores of this model cost here; what is measured is added.
+        self.costs: Any = None
         self._history: History | None = History()
         self._lost_reason = ""
         self._saved_ids: torch.Tensor | None = None
@@ -184,6 +192,7 @@ class Cache(DynamicCache):
         self._n_cropped = 0
         self._n_recomputed: dict[int, int] = {}
         self._wait_s = 0.0
+        self._first_token_s: float | None = None
         self._is_closed = False
         self._close_callbacks: list[Callable[[], None]] = []
         self._executor: ThreadPoolExecutor | None = None
@@ -284,7 +293,8 @@ class Cache(DynamicCache):
         """
         self._check_open()
         self._settle()
-        self._settle_restore()
+        started, is_first = time.perf_counter(), self.source is not None
+        self._prepare_restore(n_new)
         n_before = self.n_tokens
         if self._known() is None:
             self._lose_tokens(self.why_unknown)
@@ -297,7 +307,12 @@ class Cache(DynamicCache):
             for index, layer in enumerate(self.layers)
             if is_sliding(layer)
         ]
-        self._feed = _Feed(n_before, n_new, sliding, threading.get_ident())
+        if not is_first:
+            started = time.perf_counter()
+        n_batch = 0 if token_ids is None else token_ids.shape[0]
+        self._feed = _Feed(
+            n_before, n_new, sliding, threading.get_ident(), n_batch, started, is_first
+        )
 
     def end_feed(self, *, is_failed: bool) -> None:
         """Close what `begin_feed` opened; after a failure every layer is put back."""
@@ -311,7 +326,17 @@ class Cache(DynamicCache):
                 f"the model was fed {feed.n_new} tokens but the cache grew from "
                 f"{feed.n_before} to {self.n_tokens}"
             )
+        else:
+            self._note_time(feed)
         self._feed = None
+
+    def _note_time(self, feed: _Feed) -> None:
+        """Keep what a pass took: for later plans, or against what this one predicted."""
+        seconds = time.perf_counter() - feed.started
+        if feed.is_first:
+            self._first_token_s = seconds
+        elif self.costs is not None and feed.n_batch == 1:
+            self.costs.add_forward(feed.n_before, feed.n_new, seconds)
 
     def _undo_feed(self, feed: _Feed) -> None:
         for layer in self.layers:
@@ -592,10 +617,12 @@ class Cache(DynamicCache):
         Parameters
         ----------
         source : object
-            ``wait(layer)`` returns when the layer is in or raises; ``is_done(layer)``;
-            ``cancel()``; ``close()``, which may be called twice, returns when nothing is written
-            any more; optionally ``report()``, a `RestoreReport` of the state so far, also after
-            ``close``. Failures are a `KrulError` or an OSError.
+            ``wait(layer, can_recompute)`` returns when the layer is in or raises; ``cancel()``;
+            ``abandon()`` returns when nothing is written any more; ``close()``, which may be called
+            twice, returns when it is also not read; optionally ``prepare(...)`` as
+            `krul.restore.Source` has it, called before anybody waits, and ``report()``, a
+            `RestoreReport` of the state so far, also after ``close``. Failures are a `KrulError` or
+            an OSError.
         layer_indices : iterable of int
             The layers that it fills.
         report : RestoreReport, optional
@@ -641,6 +668,7 @@ class Cache(DynamicCache):
             n_loaded[index], n_recomputed[index] = 0, n_tokens
         return dataclasses.replace(
             report,
+            actual_s=report.actual_s if self._first_token_s is None else self._first_token_s,
             n_loaded_by_layer=tuple(n_loaded),
             n_recomputed_by_layer=tuple(n_recomputed),
             seconds_by_stage={**report.seconds_by_stage, "wait": self._wait_s},
@@ -648,24 +676,46 @@ class Cache(DynamicCache):
             n_cropped_tokens=report.n_cropped_tokens + self._n_cropped,
         )
 
-    def _settle_restore(self) -> None:
-        """Leave the processors to a restore that needs them more than the model does."""
-        settle = getattr(self.source, "settle", None)
-        if settle is not None:
-            start = time.perf_counter()
-            settle()
-            self._wait_s += time.perf_counter() - start
+    def _prepare_restore(self, n_prompt_tokens: int) -> None:
+        """Let the source recompute what it would rather not load, before anybody waits."""
+        prepare = getattr(self.source, "prepare", None)
+        if prepare is None:
+            return
+        start = time.perf_counter()
+        with self._restore_lock:
+            n_tokens = self.n_tokens
+            blocker = self.partial_blocker or self._why_not_recompute(n_tokens)
+            prepare(n_prompt_tokens, n_tokens, blocker, self._recompute_prefix)
+        self._wait_s += time.perf_counter() - start
+
+    def _recompute_prefix(self, n_by_layer: list[int]) -> None:
+        """Write K and V of so many tokens of each layer into the buffers that are being filled."""
+        ids, mask, positions = self._history.merge()  # type: ignore[union-attr]
+        recompute_prefix(
+            self.model,
+            ids,
+            n_by_layer,
+            {
+                index: (layer._buffers[0], layer._buffers[1])
+                for index, layer in enumerate(self.layers)
+                if getattr(layer, "pending", None) is not None
+            },
+            attention_mask=mask,
+            positions=torch.arange(ids.shape[1])[None] if positions is None else positions,
+            chunk_tokens=_RECOMPUTE_CHUNK,
+        )
 
     def _wait_for_layer(self, index: int) -> None:
         layer = self.layers[index]
         source = self.source
         if layer.pending is None or source is None:
             return
+        self._prepare_restore(0)
         start = time.perf_counter()
         failure = self._restore_failure
         if failure is None:
             try:
-                source.wait(index)
+                source.wait(index, not self._why_not_recompute(layer.get_seq_length()))
             except (KrulError, OSError) as error:
                 failure = error
         with self._restore_lock:
@@ -720,7 +770,7 @@ class Cache(DynamicCache):
                 layer.pending = None
             except (KrulError, OSError):
                 missing.append(index)
-        source.close()
+        source.abandon()
         n_tokens = max(self.layers[index].get_seq_length() for index in missing)
         blocker = self._why_not_recompute(n_tokens)
         if blocker:
@@ -1023,6 +1073,8 @@ class Cache(DynamicCache):
             elif is_sliding(layer):
                 set_sliding_state(layer, None, None, 0)
         self._history, self._lost_reason = None, "the cache is closed"
+        if self.costs is not None:
+            self.costs.save()
         handle, self.handle = self.handle, None
         if handle is not None:
             handle.detach()
@@ -1059,6 +1111,7 @@ class Cache(DynamicCache):
             model=None,
             conversation=None,
             estimator=None,
+            costs=None,
             handle=None,
             source=None,
             rollback=None,

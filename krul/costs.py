@@ -137,12 +137,13 @@ class CostBook:
             if counts["read_bytes"] >= _MIN_READ_BYTES and counts["read_wall_s"] > 0:
                 rate = counts["read_bytes"] / counts["read_wall_s"]
                 self.read_bytes_per_s = _blend(self.read_bytes_per_s, rate)
+                self._is_changed = True
             for codec, (n_bytes, seconds) in counts["by_codec"].items():
                 if n_bytes >= _MIN_READ_BYTES and seconds > 0:
                     self._decode_bytes_per_s[codec] = _blend(
                         self._decode_bytes_per_s.get(codec), n_bytes / seconds
                     )
-            self._is_changed = True
+                    self._is_changed = True
 
     # -- what it comes to --
 

@@ -86,12 +86,13 @@ class RestoreReport(_Report):
     loaded_bytes : int
         Bytes read from the store.
     predicted_s, actual_s : float
-        Time until the last layer was in; ``predicted_s`` is NaN when nothing was known.
+        Time from the plan until the end of the first forward pass; where there was no pass yet,
+        until the last layer was in. ``predicted_s`` is NaN when nothing was known.
     seconds_by_stage : dict of str to float
-        ``open`` (head of the files), ``read`` and ``decode`` (summed over threads), ``wait`` (time
-        that the model stood still for a layer).
+        ``open`` (head of the files), ``read`` and ``decode`` (summed over threads), ``recompute``,
+        ``wait`` (time that the model stood still: for a layer, or for what was recomputed).
     plan : str
-        ``"empty"``, ``"load"`` or ``"recompute"``.
+        ``"empty"``, ``"load"``, ``"recompute"``, ``"uniform"``, ``"pyramid"`` or ``"step"``.
     reason : str
         Why, and what was found damaged, cropped or refused.
     n_cropped_tokens : int

@@ -7,275 +7,41 @@ waits for a layer only where it needs it.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import time
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core
 from .cache import Cache
+from .costs import cost_book
 from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
 from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
 from .hooks import attach
 from .layer import KrulLayer
 from .model import generation_model, own_layers
+from .plan import SHAPES, Costs, Plan, Step, plan, predict
 from .probe import Capabilities, examine
-from .reports import RestoreReport
+from .recompute import recompute_prefix
 from .settings import Settings
-from .store import ConversationFiles, Entry, LayerLayout, Manifest, SegmentInfo
+from .source import KeysAndValues, Source, decode_windows
+from .store import ConversationFiles, Manifest
 
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Source", "open_cache"]
-
-# Tokens of room behind a restored history, so that the first turns do not copy it.
-_ROOM_TOKENS = 256
-
-# Each tensor starts at a multiple of this within the one allocation that holds all layers.
-_ALIGNMENT_BYTES = 64
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
-
-
-def _dims_and_dtype(layout: LayerLayout, kv: int) -> tuple[int, torch.dtype]:
-    """Head size and dtype of a layer's K (0) or V (1)."""
-    if kv == 0:
-        return layout.key_head_dim, getattr(torch, layout.key_dtype)
-    return layout.value_head_dim, getattr(torch, layout.value_dtype)
-
-
-def _blocks(entries: Iterable[Entry], layer: int, kv: int) -> list[Entry]:
-    """Return the blocks that hold a layer's K or V, in token order."""
-    mine = (entry for entry in entries if entry.holds(layer, kv))
-    return sorted(mine, key=lambda entry: entry.token_start)
-
-
-class Source:
-    """The stored segments of one conversation on their way into a cache's layers.
-
-    Parameters
-    ----------
-    conversation : ConversationFiles
-        Where the segments are.
-    manifest : Manifest
-        What it says of them.
-    n_threads : int
-        Threads of the C library; 0 means every processor.
-
-    Attributes
-    ----------
-    problems : list of str
-        What was found damaged so far.
-    """
-
-    def __init__(self, conversation: ConversationFiles, manifest: Manifest, n_threads: int) -> None:
-        self.manifest, self.n_threads = manifest, n_threads
-        self._path = conversation.path
-        self.problems: list[str] = []
-        self._restore: _core.Restore | None = None
-        self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
-        self._opened = time.perf_counter()
-        self._open_s = 0.0
-        self._n_loaded: tuple[int, ...] = ()
-        for segment in manifest.segments:
-            try:
-                fd, entries = conversation.open_segment(segment, manifest)
-            except (CorruptionError, FormatError, OSError) as error:
-                self.problems.append(str(error))
-                break
-            self._files.append((segment, fd, entries))
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in intact segments; fewer than the manifest's where one is damaged."""
-        return sum(segment.n_tokens for segment, _, _ in self._files)
-
-    @property
-    def segments(self) -> tuple[SegmentInfo, ...]:
-        """The intact segments, oldest first."""
-        return tuple(segment for segment, _, _ in self._files)
-
-    def _drop_files(self, n_kept: int) -> None:
-        for _, fd, _ in self._files[n_kept:]:
-            os.close(fd)
-        del self._files[n_kept:]
-
-    def drop_newest(self, problem: str) -> None:
-        """Give up the newest segment, because of what was found in it."""
-        self.problems.append(problem)
-        self._drop_files(len(self._files) - 1)
-
-    # ---- sliding windows -------------------------------------------------------------------------
-
-    def windows(self) -> dict[int, KeysAndValues]:
-        """Decode what the sliding layers held at the end of the newest intact segment.
-
-        Raises
-        ------
-        CorruptionError, OSError
-            A block is damaged or could not be read.
-        """
-        if not self._files:
-            return {}
-        _, fd, entries = self._files[-1]
-        return _decode_windows(self.manifest, fd, entries, self.n_threads)
-
-    # ---- full layers -----------------------------------------------------------------------------
-
-    def buffers(self) -> dict[int, KeysAndValues]:
-        """Make memory for every full layer: K and V, (n_batch, n_kv_heads, n_room, head_dim).
-
-        All of it is one allocation, on huge pages where the system has them: a page fault for every
-        4 KB would take longer than decoding what goes there.
-        """
-        n_batch = self.manifest.n_batch
-        n_room = self.n_tokens + _ROOM_TOKENS
-        places: list[tuple[int, tuple[int, ...], torch.dtype, int]] = []
-        total = 0
-        for layer, layout in enumerate(self.manifest.layers):
-            for kv in (0, 1) if layout.kind == "full" else ():
-                head_dim, dtype = _dims_and_dtype(layout, kv)
-                shape = (n_batch, layout.n_kv_heads, n_room, head_dim)
-                places.append((layer, shape, dtype, total))
-                total += math.prod(shape) * dtype.itemsize
-                total += -total % _ALIGNMENT_BYTES
-        with torch.inference_mode(False), torch.no_grad():
-            memory = torch.empty(total, dtype=torch.uint8)
-            _core.advise_huge_pages(memory.data_ptr(), total)
-            made = [
-                (
-                    layer,
-                    memory[start : start + math.prod(shape) * dtype.itemsize]
-                    .view(dtype)
-                    .view(shape),
-                )
-                for layer, shape, dtype, start in places
-            ]
-        return {
-            layer: (keys, values)
-            for (layer, keys), (_, values) in zip(made[::2], made[1::2], strict=True)
-        }
-
-    def start(self, buffers: dict[int, KeysAndValues]) -> None:
-        """Start filling the buffers of the full layers, shallow layers first."""
-        steps: list[tuple[int, None, Entry, tuple[torch.Tensor, ...]]] = []
-        for segment, fd, entries in self._files:
-            end = segment.token_start + segment.n_tokens
-            for entry in entries:
-                layers = [x for x in (entry.layer_lower, entry.layer_upper) if x >= 0]
-                if entry.token_start >= end or any(x not in buffers for x in layers):
-                    continue
-                stop = min(end, entry.token_start + entry.n_tokens)
-                views = tuple(buffers[x][entry.kv][:, :, entry.token_start : stop] for x in layers)
-                steps.append((fd, None, entry, views))
-        steps.sort(key=lambda step: step[2].layer_lower)
-        self._restore = _core.Restore(steps, len(self.manifest.layers), self.n_threads)
-        n_tokens = self.n_tokens
-        self._n_loaded = tuple(0 if x.kind == "none" else n_tokens for x in self.manifest.layers)
-        self._open_s = time.perf_counter() - self._opened
-
-    # ---- what a cache asks -----------------------------------------------------------------------
-
-    def wait(self, layer: int) -> None:
-        """Wait until a layer is in.
-
-        Raises
-        ------
-        CorruptionError, OSError
-            A block of the layer is damaged or could not be read; or the source was closed before.
-        """
-        assert self._restore is not None
-        try:
-            self._restore.wait(layer)
-        except CorruptionError as error:
-            raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
-
-    def settle(self) -> None:
-        """Wait for the layers as long as decoding, not reading, is what takes the time.
-
-        Model and decoder share the processors of a CPU: one after the other they are faster than
-        both at once. Where the store is slow the threads mostly sleep, and the model may begin.
-        Failures are left to `wait`.
-        """
-        for layer in range(len(self.manifest.layers)):
-            counts = self.counts()
-            if counts["read_s"] > counts["decode_s"]:
-                return
-            with contextlib.suppress(CorruptionError, OSError):
-                self.wait(layer)
-
-    def counts(self) -> dict[str, float]:
-        """Return steps, bytes and seconds so far; the seconds are summed over threads."""
-        if self._restore is None:
-            return {"read_bytes": 0, "read_s": 0.0, "decode_s": 0.0, "elapsed_s": 0.0}
-        return self._restore.counts()
-
-    def is_done(self, layer: int) -> bool:
-        """Whether `wait` would return or raise at once."""
-        return self._restore is None or self._restore.is_done(layer)
-
-    def cancel(self) -> None:
-        """Drop what has not begun."""
-        if self._restore is not None:
-            self._restore.cancel()
-
-    def close(self) -> None:
-        """Cancel what is under way, wait for the threads, close the files."""
-        if self._restore is not None:
-            self._restore.close()
-        self._drop_files(0)
-
-    def report(self) -> RestoreReport:
-        """Return how the restore went, or goes."""
-        counts = self.counts()
-        n_layers = len(self.manifest.layers)
-        return RestoreReport(
-            n_tokens=max(self._n_loaded, default=0),
-            n_loaded_by_layer=self._n_loaded,
-            n_recomputed_by_layer=(0,) * n_layers,
-            loaded_bytes=int(counts["read_bytes"]),
-            predicted_s=math.nan,
-            actual_s=counts["elapsed_s"],
-            seconds_by_stage={
-                "open": self._open_s,
-                "read": counts["read_s"],
-                "decode": counts["decode_s"],
-            },
-            plan="load",
-            reason="; ".join(self.problems),
-        )
-
-
-def _decode_windows(
-    manifest: Manifest, fd: int, entries: list[Entry], n_threads: int
-) -> dict[int, KeysAndValues]:
-    """Decode what each sliding layer held at the end of a segment."""
-    jobs: list[Any] = []
-    windows: dict[int, list[torch.Tensor]] = {}
-    for layer, layout in enumerate(manifest.layers):
-        for kv in (0, 1) if layout.kind == "sliding" else ():
-            blocks = _blocks(entries, layer, kv)
-            first = blocks[0].token_start
-            n_held = sum(entry.n_tokens for entry in blocks)
-            head_dim, dtype = _dims_and_dtype(layout, kv)
-            with torch.inference_mode(False), torch.no_grad():
-                shape = (manifest.n_batch, layout.n_kv_heads, n_held, head_dim)
-                out = torch.empty(shape, dtype=dtype)
-            for entry in blocks:
-                start = entry.token_start - first
-                view = out[:, :, start : start + entry.n_tokens]
-                payload = _core.store_read_payload(fd, entry)
-                jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
-            windows.setdefault(layer, []).append(out)
-    _core.decode_blocks(jobs, n_threads)
-    return {layer: (keys, values) for layer, (keys, values) in windows.items()}
+__all__ = [
+    "SHAPES",
+    "Costs",
+    "Plan",
+    "Source",
+    "Step",
+    "open_cache",
+    "plan",
+    "predict",
+    "recompute_prefix",
+]
 
 
 def _roll_back(
@@ -291,7 +57,7 @@ def _roll_back(
             continue
         fd, entries = conversation.open_segment(segment, manifest)
         try:
-            windows = _decode_windows(manifest, fd, entries, cache.settings.n_threads)
+            windows = decode_windows(manifest, fd, entries, cache.settings.n_threads)
         finally:
             os.close(fd)
         device = next(x.device for x in cache.layers if getattr(x, "is_initialized", False))
@@ -355,6 +121,7 @@ def open_cache(
             check_fingerprint(_stored_fingerprint(manifest), present)
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
+        cache.costs = cost_book(store.path, present.exact)
         cache.handle = attach(model)
         if arrival is not None:
             arrival.fill(cache)
@@ -373,6 +140,7 @@ def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Ca
     cache = Cache(model=generation_model(model), settings=settings)
     if capabilities.recompute is not None:
         cache.recompute_blocker = capabilities.recompute
+    cache.partial_blocker = capabilities.partial or ""
     if settings.estimator_rows != 0 and capabilities.observe is None:
         cache.estimator = Estimator(
             len(own_layers(model)),
@@ -408,7 +176,8 @@ class _Arrival:
         self, conversation: ConversationFiles, manifest: Manifest, settings: Settings
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
-        self.source = source = Source(conversation, manifest, settings.n_threads)
+        book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
+        self.source = source = Source(conversation, manifest, settings, book)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}
         try:

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["CODECS", "RESTORE_PLANS", "Settings"]
 
 CODECS = ("auto", "exact", "int8", "int4", "share", "share+int8", "share+int4")
-RESTORE_PLANS = ("auto", "load", "recompute")
+RESTORE_PLANS = ("auto", "load", "recompute", "mixed", "uniform", "pyramid", "step")
 
 
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -53,12 +53,17 @@ class Settings:
     guard_tokens : int
         Tokens run against the compressed cache before a save is committed; 0 turns the guard off.
     restore : str
-        ``"load"`` reads all from the store, ``"recompute"`` runs the model over the history,
-        ``"auto"`` chooses.
+        ``"load"`` reads all from the store, ``"recompute"`` runs the model over the history. Both
+        at once: ``"uniform"`` recomputes as many first tokens in every layer, ``"pyramid"`` fewer
+        the deeper the layer, ``"step"`` one number in the first layers and a smaller one in the
+        rest, ``"mixed"`` what is fastest of these. ``"auto"`` takes the fastest of all by what was
+        measured here.
     drop_recomputed : bool
         Do not store what a restore would recompute anyway.
     n_threads : int
         Threads for encoding and restoring; 0 means every processor.
+    max_read_bytes_per_s : float
+        A restore reads no faster from the store; 0 is no limit.
 
     Raises
     ------
@@ -86,6 +91,7 @@ class Settings:
     restore: str = "auto"
     drop_recomputed: bool = False
     n_threads: int = 0
+    max_read_bytes_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
@@ -106,6 +112,7 @@ class Settings:
                 "this version stores every token"
             )
         _check_int("n_threads", self.n_threads, 0, 256)
+        _check_float("max_read_bytes_per_s", self.max_read_bytes_per_s, 0, 1e15)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

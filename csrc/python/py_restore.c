@@ -226,21 +226,27 @@ restore_wait(PyObject *object, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(restore_is_done_doc, "is_done($self, layer, /)\n--\n\n"
-                                  "Would `wait` return at once?");
+PyDoc_STRVAR(restore_wait_for_doc,
+             "wait_for($self, layer, timeout_s, /)\n--\n\n"
+             "Wait until `wait` would return or raise at once, at most so long; say whether.");
 
 static PyObject *
-restore_is_done(PyObject *object, PyObject *argument)
+restore_wait_for(PyObject *object, PyObject *args)
 {
-    long layer = PyLong_AsLong(argument);
-    if (layer == -1 && PyErr_Occurred()) {
+    int layer;
+    double timeout_s;
+    bool is_done;
+    if (!PyArg_ParseTuple(args, "id:wait_for", &layer, &timeout_s)) {
         return NULL;
     }
-    if (layer < 0 || layer > INT32_MAX) {
-        return PyErr_Format(PyExc_ValueError, "layer is %ld but must be 0 or more", layer);
+    if (!(timeout_s >= 0) || timeout_s > 1e9) {
+        PyErr_SetString(PyExc_ValueError, "timeout_s must be from 0 to 1e9");
+        return NULL;
     }
-    return PyBool_FromLong(
-        krul_restore_wait_for(((py_restore *)object)->restore, (int32_t)layer, 0));
+    Py_BEGIN_ALLOW_THREADS
+    is_done = krul_restore_wait_for(((py_restore *)object)->restore, layer, timeout_s);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(is_done);
 }
 
 PyDoc_STRVAR(restore_cancel_doc, "cancel($self, /)\n--\n\n"
@@ -408,7 +414,7 @@ restore_advance(PyObject *object, PyObject *argument)
 
 static PyMethodDef restore_methods[] = {
     {"wait", restore_wait, METH_O, restore_wait_doc},
-    {"is_done", restore_is_done, METH_O, restore_is_done_doc},
+    {"wait_for", restore_wait_for, METH_VARARGS, restore_wait_for_doc},
     {"cancel", restore_cancel, METH_NOARGS, restore_cancel_doc},
     {"close", restore_close, METH_NOARGS, restore_close_doc},
     {"counts", restore_counts, METH_NOARGS, restore_counts_doc},

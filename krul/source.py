@@ -1,0 +1,596 @@
+"""The stored segments of a conversation on their way into a cache's layers.
+
+Threads of the C library read, check and decode blocks; the model waits for a layer only where it
+needs it. What takes longer to load than to compute is recomputed meanwhile: `Source.prepare` plans
+that when the next prompt is known, from what was measured here before and from how fast the store
+has been in this very restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _core
+from .compressor import MAX_BLOCK_TOKENS
+from .costs import CostBook
+from .errors import CorruptionError, FormatError
+from .manifest import Entry, LayerLayout, Manifest, SegmentInfo
+from .plan import Costs, Plan, plan
+from .reports import RestoreReport
+from .settings import Settings
+from .store import ConversationFiles
+
+__all__ = ["KeysAndValues", "Source", "decode_windows"]
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+# Tokens of room behind a restored history, so that the first turns do not copy it.
+_ROOM_TOKENS = 256
+
+# Each tensor starts at a multiple of this within the one allocation that holds all layers.
+_ALIGNMENT_BYTES = 64
+
+# The new prompt that a restore is planned for until the real one is known.
+_EXPECTED_PROMPT_TOKENS = 64
+
+# Before a restore has read so much or so long, what was measured earlier says more about the store.
+_TRUSTED_READ_BYTES = 1 << 20
+_TRUSTED_READ_S = 0.02
+
+# Of a decoder that was never measured: slower than any of them has been.
+_UNKNOWN_DECODE_BYTES_PER_S = 1e9
+
+# How often a wait looks whether the store still gives what it promised, and how much longer than
+# recomputing it may take: giving up throws away what was read.
+_PATIENCE_POLL_S = 0.25
+_PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One block of full layers: which, which tokens, and what it takes to have it."""
+
+    layers: tuple[int, ...]
+    token_start: int
+    token_end: int
+    codec: int
+    payload_bytes: int
+    decoded_bytes: int
+    fd: int
+    entry: Entry
+    views: tuple[torch.Tensor, ...]
+
+
+def _dims_and_dtype(layout: LayerLayout, kv: int) -> tuple[int, torch.dtype]:
+    """Head size and dtype of a layer's K (0) or V (1)."""
+    if kv == 0:
+        return layout.key_head_dim, getattr(torch, layout.key_dtype)
+    return layout.value_head_dim, getattr(torch, layout.value_dtype)
+
+
+def _blocks(entries: Iterable[Entry], layer: int, kv: int) -> list[Entry]:
+    """Return the blocks that hold a layer's K or V, in token order."""
+    mine = (entry for entry in entries if entry.holds(layer, kv))
+    return sorted(mine, key=lambda entry: entry.token_start)
+
+
+class Source:
+    """The stored segments of one conversation on their way into a cache's layers.
+
+    Parameters
+    ----------
+    conversation : ConversationFiles
+        Where the segments are.
+    manifest : Manifest
+        What it says of them.
+    settings : Settings
+    costs : CostBook, optional
+        What was measured of this model and store; what this restore measures is added.
+
+    Attributes
+    ----------
+    problems : list of str
+        What was found damaged so far.
+    """
+
+    def __init__(
+        self,
+        conversation: ConversationFiles,
+        manifest: Manifest,
+        settings: Settings,
+        costs: CostBook | None = None,
+    ) -> None:
+        self.manifest, self.settings = manifest, settings
+        self.costs = CostBook(None, "unknown") if costs is None else costs
+        self._path = conversation.path
+        self.problems: list[str] = []
+        self._restores: list[_core.Restore] = []
+        self._steps: list[_Step] = []
+        self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
+        self._opened = time.perf_counter()
+        self._open_s = self._recompute_s = 0.0
+        self._plan: Plan | None = None
+        self._reason = ""
+        self._is_prepared = self._is_closed = False
+        self._n_recomputed = [0] * len(manifest.layers)
+        for segment in manifest.segments:
+            try:
+                fd, entries = conversation.open_segment(segment, manifest)
+            except (CorruptionError, FormatError, OSError) as error:
+                self.problems.append(str(error))
+                break
+            self._files.append((segment, fd, entries))
+        self._n_tokens = self.n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in intact segments; fewer than the manifest's where one is damaged."""
+        return sum(segment.n_tokens for segment, _, _ in self._files)
+
+    @property
+    def segments(self) -> tuple[SegmentInfo, ...]:
+        """The intact segments, oldest first."""
+        return tuple(segment for segment, _, _ in self._files)
+
+    def _drop_files(self, n_kept: int) -> None:
+        for _, fd, _ in self._files[n_kept:]:
+            os.close(fd)
+        del self._files[n_kept:]
+
+    def drop_newest(self, problem: str) -> None:
+        """Give up the newest segment, because of what was found in it."""
+        self.problems.append(problem)
+        self._drop_files(len(self._files) - 1)
+        self._n_tokens = self.n_tokens
+
+    # ---- sliding windows -------------------------------------------------------------------------
+
+    def windows(self) -> dict[int, KeysAndValues]:
+        """Decode what the sliding layers held at the end of the newest intact segment.
+
+        Raises
+        ------
+        CorruptionError, OSError
+            A block is damaged or could not be read.
+        """
+        if not self._files:
+            return {}
+        _, fd, entries = self._files[-1]
+        return decode_windows(self.manifest, fd, entries, self.settings.n_threads)
+
+    # ---- full layers -----------------------------------------------------------------------------
+
+    def buffers(self) -> dict[int, KeysAndValues]:
+        """Make memory for every full layer: K and V, (n_batch, n_kv_heads, n_room, head_dim).
+
+        All of it is one allocation, on huge pages where the system has them: a page fault for every
+        4 KB would take longer than decoding what goes there.
+        """
+        n_batch = self.manifest.n_batch
+        n_room = self.n_tokens + _ROOM_TOKENS
+        places: list[tuple[int, tuple[int, ...], torch.dtype, int]] = []
+        total = 0
+        for layer, layout in enumerate(self.manifest.layers):
+            for kv in (0, 1) if layout.kind == "full" else ():
+                head_dim, dtype = _dims_and_dtype(layout, kv)
+                shape = (n_batch, layout.n_kv_heads, n_room, head_dim)
+                places.append((layer, shape, dtype, total))
+                total += math.prod(shape) * dtype.itemsize
+                total += -total % _ALIGNMENT_BYTES
+        with torch.inference_mode(False), torch.no_grad():
+            memory = torch.empty(total, dtype=torch.uint8)
+            _core.advise_huge_pages(memory.data_ptr(), total)
+            made = [
+                (
+                    layer,
+                    memory[start : start + math.prod(shape) * dtype.itemsize]
+                    .view(dtype)
+                    .view(shape),
+                )
+                for layer, shape, dtype, start in places
+            ]
+        return {
+            layer: (keys, values)
+            for (layer, keys), (_, values) in zip(made[::2], made[1::2], strict=True)
+        }
+
+    def start(self, buffers: dict[int, KeysAndValues]) -> None:
+        """Start filling the buffers of the full layers.
+
+        Shallow layers come first; what will probably be recomputed comes after everything else.
+        """
+        steps = [
+            step
+            for segment, fd, entries in self._files
+            for entry in entries
+            if (step := _step_of(entry, fd, segment, buffers)) is not None
+        ]
+        steps.sort(key=lambda step: step.layers[0])
+        self._steps = steps
+        self._n_tokens = self.n_tokens
+        expected = self._whole_blocks(
+            self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
+        )
+        steps.sort(key=lambda step: all(step.token_end <= expected[x] for x in step.layers))
+        self._submit(steps)
+        self._open_s = time.perf_counter() - self._opened
+
+    def _submit(self, steps: list[_Step]) -> None:
+        self._restores.append(
+            _core.Restore(
+                [(step.fd, None, step.entry, step.views) for step in steps],
+                len(self.manifest.layers),
+                self.settings.n_threads,
+                max_bytes_per_s=self.settings.max_read_bytes_per_s,
+            )
+        )
+
+    # ---- what is recomputed ----------------------------------------------------------------------
+
+    def prepare(
+        self,
+        n_prompt_tokens: int,
+        n_tokens: int,
+        blocker: str,
+        recompute: Callable[[list[int]], None],
+    ) -> None:
+        """Decide, once, what is recomputed instead of being waited for, and do that.
+
+        Parameters
+        ----------
+        n_prompt_tokens : int
+            Of the forward pass that is about to begin; 0 where there is none.
+        n_tokens : int
+            Tokens that the cache still holds; fewer than were stored where the history changed.
+        blocker : str
+            Why nothing can be recomputed; empty when it can.
+        recompute : callable
+            Writes K and V of so many tokens of each layer, from the first. What it raises is noted,
+            and the same tokens are loaded after all.
+        """
+        if self._is_prepared or not self._restores:
+            return
+        self._is_prepared = True
+        self._n_tokens = n_tokens
+        self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
+        self._reason = self._plan.reason
+        n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
+        if not any(n_by_layer):
+            self._settle()
+            return
+        for layer, n in enumerate(n_by_layer):
+            # Where all that is left is recomputed, nothing stored behind it is wanted either.
+            self._restores[0].drop(layer, self.manifest.n_tokens if n == n_tokens else n)
+        started = time.perf_counter()
+        try:
+            recompute(n_by_layer)
+        except BaseException as error:
+            self._load_after_all(n_by_layer)
+            if not isinstance(error, Exception):
+                raise
+            self._reason += f"; recomputing failed: {type(error).__name__}: {error}"
+            return
+        self._recompute_s = time.perf_counter() - started
+        self._n_recomputed = n_by_layer
+
+    def _load_after_all(self, n_by_layer: list[int]) -> None:
+        again = []
+        for step in self._steps:
+            views = tuple(
+                view if step.token_end <= n_by_layer[layer] else None
+                for layer, view in zip(step.layers, step.views, strict=True)
+            )
+            if any(view is not None for view in views):
+                again.append((step.fd, None, step.entry, views))
+        self._restores.append(
+            _core.Restore(again, len(self.manifest.layers), self.settings.n_threads)
+        )
+
+    def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
+        """Round down to where the blocks of every full layer begin: a block is read whole."""
+        starts: dict[int, set[int]] = {}
+        for (layer, _), steps in itertools.groupby(
+            sorted(
+                ((layer, step.entry.kv, step) for step in self._steps for layer in step.layers),
+                key=lambda row: row[:2],
+            ),
+            key=lambda row: row[:2],
+        ):
+            found = {step.token_start for _, _, step in steps}
+            starts[layer] = starts.get(layer, found) & found
+        result, most = [], self._n_tokens
+        for layer, (n, layout) in enumerate(zip(wanted, self.manifest.layers, strict=True)):
+            most = min(most, n)
+            if layout.kind == "full" and most < self._n_tokens:
+                most = max((start for start in starts[layer] if start <= most), default=0)
+            result.append(most)
+        # Layers that keep nothing of their own have nothing to be recomputed.
+        for layer in reversed(range(len(result))):
+            if self.manifest.layers[layer].kind != "none":
+                break
+            result[layer] = 0
+        return result
+
+    def _read_rate(self) -> float | None:
+        """Return bytes per second that the store gives: in this restore, or as it was before."""
+        counts = self.counts()
+        limit = self.settings.max_read_bytes_per_s or math.inf
+        if counts["read_bytes"] >= _TRUSTED_READ_BYTES or counts["read_wall_s"] >= _TRUSTED_READ_S:
+            return min(limit, max(1.0, counts["read_bytes"]) / max(counts["read_wall_s"], 1e-9))
+        known = self.costs.read_bytes_per_s
+        return min(limit, known) if known is not None else None if limit == math.inf else limit
+
+    def _load_costs(self, read_rate: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the seconds that reading and decoding each layer will still take."""
+        n_layers = len(self.manifest.layers)
+        read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
+        n_threads = self.settings.n_threads or os.cpu_count() or 1
+        is_done = (
+            self._restores[0].trace()[:, 0] >= 0
+            if self._restores
+            else np.zeros(len(self._steps), bool)
+        )
+        for step, done in zip(self._steps, is_done, strict=True):
+            if done or step.token_start >= self._n_tokens:
+                continue
+            rate = self.costs.decode_bytes_per_s(step.codec) or _UNKNOWN_DECODE_BYTES_PER_S
+            read_s[step.layers[0]] += step.payload_bytes / read_rate
+            decode_s[list(step.layers)] += step.decoded_bytes / rate / n_threads / len(step.layers)
+        return read_s, decode_s
+
+    def _make_plan(self, n_prompt_tokens: int, n_tokens: int, blocker: str) -> Plan:
+        """Plan what is recomputed, from the settings and from what was measured."""
+        n_layers = len(self.manifest.layers)
+        wanted = self.settings.restore
+        forward, read_rate = self.costs.forward(), self._read_rate()
+        if wanted == "load":
+            blocker = "the settings ask for it"
+        elif wanted == "auto" and not blocker:
+            if forward is None:
+                blocker = "no forward pass of this model was measured here yet"
+            elif read_rate is None:
+                blocker = "no read from this store was measured here yet"
+        if forward is None or read_rate is None:
+            # Where a shape is asked for: as if loading were as fast as recomputing.
+            costs = Costs(
+                n_layers, linear_s_per_token=1e-3 / n_layers, read_s=1e-3 * n_tokens / n_layers
+            )
+        else:
+            read_s, decode_s = self._load_costs(read_rate)
+            n_batch = self.manifest.n_batch
+            costs = Costs(
+                n_layers,
+                overhead_s=forward.overhead_s / n_layers,
+                linear_s_per_token=n_batch * forward.linear_s_per_token / n_layers,
+                quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,
+                read_s=read_s,
+                decode_s=decode_s,
+                decode_on_compute=True,
+                block_tokens=MAX_BLOCK_TOKENS,
+                first_block_tokens=self.settings.keep_first,
+            )
+        shapes = {"mixed": ("uniform", "pyramid", "step"), "load": ("auto",)}.get(wanted, (wanted,))
+        plans = [
+            plan(
+                costs, n_tokens, n_prompt_tokens, shape=shape, n_recomputable=0 if blocker else None
+            )
+            for shape in shapes
+        ]
+        best = min(plans, key=lambda each: each.predicted_s)
+        if forward is None or read_rate is None:
+            best = replace(best, predicted_s=math.nan)
+        return replace(best, reason=blocker) if blocker else best
+
+    def _settle(self) -> None:
+        """Wait for the layers as long as decoding, not reading, is what takes the time.
+
+        Model and decoder share the processors of a CPU: one after the other they are faster than
+        both at once. Where the store is slow the threads mostly sleep, and the model may begin.
+        Failures are left to `wait`.
+        """
+        for layer in range(len(self.manifest.layers)):
+            counts = self.counts()
+            if counts["read_s"] > counts["decode_s"]:
+                return
+            with contextlib.suppress(CorruptionError, OSError):
+                self.wait(layer)
+
+    # ---- what a cache asks -----------------------------------------------------------------------
+
+    def wait(self, layer: int, can_recompute: bool = False) -> None:
+        """Wait until a layer is in.
+
+        Parameters
+        ----------
+        layer : int
+        can_recompute : bool
+            Give up on a store that has become slower than recomputing everything.
+
+        Raises
+        ------
+        CorruptionError, OSError
+            A block of the layer is damaged or could not be read; or the source was closed before.
+        TimeoutError
+            The store is too slow.
+        """
+        assert self._restores
+        try:
+            for restore in self._restores:
+                if can_recompute:
+                    self._wait_patiently(restore, layer)
+                restore.wait(layer)
+        except CorruptionError as error:
+            raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
+
+    def _wait_patiently(self, restore: _core.Restore, layer: int) -> None:
+        forward = self.costs.forward()
+        if forward is None:
+            return
+        recompute_s = forward.seconds(self._n_tokens) * self.manifest.n_batch
+        allowed_s = _PATIENCE * recompute_s + _PATIENCE_POLL_S
+        n_bytes = sum(step.payload_bytes for step in self._steps)
+        started, before = time.perf_counter(), restore.counts()
+        while not restore.wait_for(layer, _PATIENCE_POLL_S):
+            counts, waited_s = restore.counts(), time.perf_counter() - started
+            n_new = counts["read_bytes"] - before["read_bytes"]
+            n_left = n_bytes - counts["read_bytes"]
+            if waited_s + n_left * waited_s / max(n_new, 1) > allowed_s and waited_s > recompute_s:
+                raise TimeoutError(
+                    f"{self._path}: the store gave {n_new:,} bytes in {waited_s:.2f} s and "
+                    f"{n_left:,} are left; recomputing takes about {recompute_s:.2f} s"
+                )
+
+    def counts(self) -> dict[str, Any]:
+        """Return steps, bytes and seconds so far; see ``_core.Restore.counts``."""
+        total: dict[str, Any] = {
+            "read_bytes": 0,
+            "read_s": 0.0,
+            "read_wall_s": 0.0,
+            "decode_s": 0.0,
+            "elapsed_s": 0.0,
+            "by_codec": {},
+        }
+        for restore in self._restores:
+            counts = restore.counts()
+            for name in ("read_bytes", "read_s", "read_wall_s", "decode_s", "elapsed_s"):
+                total[name] += counts[name]
+            for codec, (n_bytes, seconds) in counts["by_codec"].items():
+                known = total["by_codec"].get(codec, (0, 0.0))
+                total["by_codec"][codec] = (known[0] + n_bytes, known[1] + seconds)
+        return total
+
+    def timeline(self) -> list[dict[str, Any]]:
+        """Return what was done when, in seconds since the restore began; for a picture of it.
+
+        Returns
+        -------
+        list of dict
+            One for each block that was read: ``layers``, ``token_start``, ``token_end``, ``kv``,
+            ``worker``, ``begin_s``, ``read_s``, ``end_s``.
+        """
+        if not self._restores:
+            return []
+        return [
+            {
+                "layers": list(step.layers),
+                "token_start": step.token_start,
+                "token_end": step.token_end,
+                "kv": step.entry.kv,
+                "worker": int(worker),
+                "begin_s": begin_s,
+                "read_s": read_s,
+                "end_s": end_s,
+            }
+            for step, (worker, begin_s, read_s, end_s) in zip(
+                self._steps, self._restores[0].trace().tolist(), strict=True
+            )
+            if worker >= 0
+        ]
+
+    def cancel(self) -> None:
+        """Drop what has not begun."""
+        for restore in self._restores:
+            restore.cancel()
+
+    def abandon(self) -> None:
+        """Cancel, and return when nothing is written any more; reads that hang are left behind.
+
+        Files are closed when the last read has ended, which on a dead network may be never.
+        """
+        for restore in self._restores:
+            restore.abandon()
+        threading.Thread(target=self.close, name="krul-abandoned", daemon=True).start()
+
+    def close(self) -> None:
+        """Cancel what is under way, wait for the threads, close the files."""
+        for restore in self._restores:
+            restore.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self.costs.add_restore(self.counts())
+            self.costs.save()
+        self._drop_files(0)
+
+    def report(self) -> RestoreReport:
+        """Return how the restore went, or goes."""
+        counts = self.counts()
+        planned = self._plan
+        n_loaded = [
+            0 if layout.kind == "none" or not self._restores else self._n_tokens - n
+            for layout, n in zip(self.manifest.layers, self._n_recomputed, strict=True)
+        ]
+        return RestoreReport(
+            n_tokens=self._n_tokens if self._restores else 0,
+            n_loaded_by_layer=tuple(n_loaded),
+            n_recomputed_by_layer=tuple(self._n_recomputed),
+            loaded_bytes=int(counts["read_bytes"]),
+            predicted_s=math.nan if planned is None else planned.predicted_s,
+            actual_s=max(counts["elapsed_s"], self._recompute_s),
+            seconds_by_stage={
+                "open": self._open_s,
+                "read": counts["read_s"],
+                "decode": counts["decode_s"],
+                "recompute": self._recompute_s,
+            },
+            plan="load" if not any(self._n_recomputed) or planned is None else planned.shape,
+            reason="; ".join(filter(None, [self._reason, *self.problems])),
+        )
+
+
+def _step_of(
+    entry: Entry, fd: int, segment: SegmentInfo, buffers: dict[int, KeysAndValues]
+) -> _Step | None:
+    """Return what is to be done with a block, or None where it holds nothing that is wanted."""
+    end = segment.token_start + segment.n_tokens
+    layers = tuple(x for x in (entry.layer_lower, entry.layer_upper) if x >= 0)
+    if entry.token_start >= end or any(layer not in buffers for layer in layers):
+        return None
+    stop = min(end, entry.token_start + entry.n_tokens)
+    views = tuple(buffers[x][entry.kv][:, :, entry.token_start : stop] for x in layers)
+    return _Step(
+        layers=layers,
+        token_start=entry.token_start,
+        token_end=stop,
+        codec=entry.codec,
+        payload_bytes=entry.payload_bytes,
+        decoded_bytes=sum(view.numel() * view.element_size() for view in views),
+        fd=fd,
+        entry=entry,
+        views=views,
+    )
+
+
+def decode_windows(
+    manifest: Manifest, fd: int, entries: list[Entry], n_threads: int
+) -> dict[int, KeysAndValues]:
+    """Decode what each sliding layer held at the end of a segment."""
+    jobs: list[Any] = []
+    windows: dict[int, list[torch.Tensor]] = {}
+    for layer, layout in enumerate(manifest.layers):
+        for kv in (0, 1) if layout.kind == "sliding" else ():
+            blocks = _blocks(entries, layer, kv)
+            first = blocks[0].token_start
+            n_held = sum(entry.n_tokens for entry in blocks)
+            head_dim, dtype = _dims_and_dtype(layout, kv)
+            with torch.inference_mode(False), torch.no_grad():
+                shape = (manifest.n_batch, layout.n_kv_heads, n_held, head_dim)
+                out = torch.empty(shape, dtype=dtype)
+            for entry in blocks:
+                start = entry.token_start - first
+                view = out[:, :, start : start + entry.n_tokens]
+                payload = _core.store_read_payload(fd, entry)
+                jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
+            windows.setdefault(layer, []).append(out)
+    _core.decode_blocks(jobs, n_threads)
+    return {layer: (keys, values) for layer, (keys, values) in windows.items()}
