@@ -4,9 +4,9 @@
  * krul.h - the C library of krul: everything it offers, and the only public header.
  *
  * Sections, in the order in which a conversation meets them: status, view, backend, pool,
- * estimator, selector, entropy, compressor, store, restore. No Python, NumPy or CUDA type appears
- * here. The dimensions have the same names everywhere: n_layers, n_heads, n_kv_heads, n_tokens,
- * head_dim.
+ * estimator, selector, entropy, compressor, store, restore plan, restore. No Python, NumPy or CUDA
+ * type appears here. The dimensions have the same names everywhere: n_layers, n_heads, n_kv_heads,
+ * n_tokens, head_dim.
  *
  * Rules that hold for every function: a fallible function returns a krul_status and takes a
  * krul_error, which may be NULL, last. Outputs are untouched on failure unless said otherwise.
@@ -425,6 +425,97 @@ krul_status krul_store_write(int directory_fd, const char *name, krul_store_kind
                              krul_store_entry *entries, const uint8_t *const *payloads,
                              int32_t n_entries, uint64_t *file_bytes_out,
                              krul_error *err) KRUL_MUST_CHECK;
+
+/* ---- restore plan ---------------------------------------------------------------------------- */
+/* Which part of each layer to recompute while the rest is loaded. A pure function of costs.
+ *
+ * Of layer l the first n_l tokens are recomputed from their token ids and [n_l, n_tokens) is
+ * loaded; then the prompt's pass runs over all layers. n_l never grows with depth, because a layer's
+ * prefix needs the hidden states of the same prefix below. The model of time, all in seconds:
+ *
+ *   R_l    a layer's prefix: linear * n + quadratic * n^2 + overhead, 0 without tokens
+ *   P_l    a layer of the prompt's pass, m tokens after N: linear * m + quadratic * ((N + m)^2 - N^2)
+ *          + overhead, 0 without tokens
+ *   f_l    part of a layer that is read: blocks are read whole, so those that end after n_l
+ *   load_l read * f_l, or max(read, decode) * f_l where decoding overlaps reading
+ *   E_l    latency + load_0 + ... + load_l: one channel, layers in order, latency only before a load
+ *   D      sum of decode * f_l where decoding takes the model's processors, else 0
+ *
+ * The first token is there after max(sum R + D + sum P, max over loaded l of E_l + P_l + P_(l+1) +
+ * ...): layer l of the prompt's pass waits for layer l alone, and for everything recomputed. */
+
+/* What the plans that compete look like. Pinned and append-only: the numbers reach logs. */
+typedef enum krul_restore_shape {
+    KRUL_RESTORE_SHAPE_AUTO = 0, /* the best of all below */
+    KRUL_RESTORE_SHAPE_LOAD = 1, /* n_l is n_required */
+    KRUL_RESTORE_SHAPE_RECOMPUTE = 2, /* n_l is as much as may be recomputed */
+    KRUL_RESTORE_SHAPE_UNIFORM = 3, /* one number for all layers */
+    KRUL_RESTORE_SHAPE_PYRAMID = 4, /* the paper's: falls linearly with depth */
+    KRUL_RESTORE_SHAPE_STEP = 5, /* one number for the first layers, a smaller one for the rest */
+} krul_restore_shape;
+
+/* What a restore is made of. Arrays have n_layers numbers and are borrowed; each cost is from 0 to
+ * 10^12, which a stalled store may have. */
+typedef struct krul_restore_costs {
+    int32_t n_layers;
+    int64_t n_tokens; /* of the history */
+    int64_t n_prompt_tokens; /* new ones, may be 0 */
+    int64_t granularity; /* n_l is a multiple of it, or n_tokens, or n_required */
+    const double *linear_s_per_token; /* of a layer's forward pass */
+    const double *quadratic_s_per_token2; /* of its attention */
+    const double *overhead_s; /* of a layer in a pass, whatever its tokens */
+    const double *read_s; /* of all n_tokens of a layer */
+    const double *decode_s; /* likewise */
+    double latency_s; /* before the first load */
+    bool decode_on_compute; /* decoding takes the processors that the model runs on */
+    int64_t block_tokens; /* of a stored block; 0 and 1: any token can be read alone */
+    int64_t first_block_tokens; /* of the first block where it is another, else 0 */
+    const int64_t *n_required; /* tokens that are not stored, never growing with depth; NULL: 0 */
+    int64_t n_recomputable; /* most tokens that may be recomputed: 0 to n_tokens */
+} krul_restore_costs;
+
+typedef struct krul_restore_plan {
+    krul_restore_shape shape;
+    int64_t *n_recomputed; /* n_layers; the caller's */
+    double predicted_s; /* until the first token */
+    double load_s; /* the same for KRUL_RESTORE_SHAPE_LOAD */
+    double recompute_s; /* and for KRUL_RESTORE_SHAPE_RECOMPUTE */
+    double bound_s; /* no n_l of any shape, whole tokens or not, is faster */
+} krul_restore_plan;
+
+typedef enum krul_restore_action {
+    KRUL_RESTORE_ACTION_RECOMPUTE = 0,
+    KRUL_RESTORE_ACTION_LOAD = 1,
+    KRUL_RESTORE_ACTION_PROMPT = 2,
+} krul_restore_action;
+
+/* One thing to do, with the time that the model predicts. */
+typedef struct krul_restore_plan_step {
+    krul_restore_action action;
+    int32_t layer;
+    int64_t token_start;
+    int64_t token_end;
+    double start_s;
+    double end_s;
+    double deadline_s; /* the latest end that alone would not delay the first token */
+} krul_restore_plan_step;
+
+/* The predicted seconds of any n_recomputed that the costs allow. */
+krul_status krul_restore_plan_predict(const krul_restore_costs *costs, const int64_t *n_recomputed,
+                                      double *out, krul_error *err) KRUL_MUST_CHECK;
+
+/* The best plan of a shape. AUTO is never predicted slower than LOAD or RECOMPUTE; a plan that
+ * recomputes more must be faster by one part in 10^9. Up to 24 layers and multiples of granularity
+ * every candidate is tried; beyond, each number is found by golden section, which is right where
+ * time is convex in it: nearly so but for overheads and large blocks. */
+krul_status krul_restore_plan_choose(const krul_restore_costs *costs, krul_restore_shape shape,
+                                     krul_restore_plan *out, krul_error *err) KRUL_MUST_CHECK;
+
+/* Steps of any n_recomputed that the costs allow, by predicted start; loads in layer order, and no
+ * step before one that it needs. steps_out holds 3 * n_layers. */
+krul_status krul_restore_plan_steps(const krul_restore_costs *costs, const int64_t *n_recomputed,
+                                    krul_restore_plan_step *steps_out, int64_t *n_steps_out,
+                                    krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- restore --------------------------------------------------------------------------------- */
 /* Blocks are read, checked and decoded by threads in the order given; a layer can be waited for. */

@@ -15,6 +15,9 @@ _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 # kind, codec, kv, dtype, layer_lower, layer_upper, n_batch, n_heads, head_dim, token_start,
 # n_tokens, offset, payload_bytes, payload_crc32c
 _Entry: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+# 5 x n_layers seconds (linear, quadratic, overhead, read, decode), latency_s, decode_on_compute,
+# block_tokens, first_block_tokens
+_PlanCosts: TypeAlias = tuple[npt.NDArray[np.float64], float, bool, int, int]
 
 def advise_huge_pages(address: int, n_bytes: int, /) -> None: ...
 def backends() -> list[tuple[str, bool, bool]]: ...
@@ -69,6 +72,27 @@ def store_parse(
 ) -> tuple[int, int, int, list[_Entry]]: ...
 def store_read_payload(fd: int, entry: _Entry, /) -> bytes: ...
 def store_constants() -> dict[str, int]: ...
+def restore_plan_choose(
+    costs: _PlanCosts,
+    n_tokens: int,
+    n_prompt_tokens: int,
+    granularity: int,
+    n_required: npt.NDArray[np.int64] | None,
+    n_recomputable: int,
+    shape: int,
+) -> tuple[int, npt.NDArray[np.int64], float, float, float, float]: ...
+def restore_plan_predict(
+    costs: _PlanCosts,
+    n_tokens: int,
+    n_prompt_tokens: int,
+    n_recomputed: npt.NDArray[np.int64],
+) -> float: ...
+def restore_plan_steps(
+    costs: _PlanCosts,
+    n_tokens: int,
+    n_prompt_tokens: int,
+    n_recomputed: npt.NDArray[np.int64],
+) -> list[tuple[int, int, int, int, float, float, float]]: ...
 
 @final
 class Restore:

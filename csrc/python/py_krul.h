@@ -61,6 +61,7 @@ extern PyMethodDef py_estimator_methods[];
 extern PyMethodDef py_selector_methods[];
 extern PyMethodDef py_compressor_methods[];
 extern PyMethodDef py_store_methods[];
+extern PyMethodDef py_restore_plan_methods[];
 
 /* Types that module exec makes. */
 extern PyType_Spec py_restore_spec;

@@ -1,0 +1,617 @@
+/* restore_plan.c - which part of a history to recompute while the rest is loaded.
+ *
+ * A candidate is at most three numbers, and its time is one pass over the layers: `predict` is all
+ * that is known of the model of time, for the search, the report and the tests. The search is one
+ * function too, used inside itself for each number. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+/* Sums of costs that are no larger stay finite for any number of layers and tokens. */
+static const double MAX_COST = 1e12;
+
+/* A plan that recomputes more must be faster by this part: rounding is no reason to recompute. */
+static const double MARGIN = 1e-9;
+
+/* Longest range of a number that is tried whole. */
+enum { MAX_SCANNED = 24 };
+
+/* A plan before its layers are written out; levels count multiples of granularity. */
+typedef struct plan_candidate {
+    krul_restore_shape shape;
+    int64_t first_level; /* of the first layers */
+    int64_t last_level; /* of the last layer: with STEP, of all after n_first_layers */
+    int64_t n_first_layers; /* STEP only */
+    int64_t n_recomputed; /* tokens of all layers */
+    double predicted_s;
+} plan_candidate;
+
+/* What the search looks at over and over. */
+typedef struct planner_state {
+    const krul_restore_costs *costs;
+    int64_t granularity; /* at most n_tokens */
+    int64_t top_level; /* of n_recomputable */
+    double *load_s; /* n_layers: of a whole layer, decoding included where that overlaps */
+    double *prompt_s; /* n_layers + 1: the prompt's pass from a layer to the end */
+    int64_t *n_recomputed; /* n_layers: scratch of the candidate that is looked at */
+    plan_candidate best;
+} planner_state;
+
+/* ---- validation ------------------------------------------------------------------------------ */
+
+static krul_status
+check_count(const char *name, int64_t value, int64_t low, int64_t high, krul_error *err)
+{
+    if (value < low || value > high) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "%s is %lld but must be from %lld to %lld",
+                         name, (long long)value, (long long)low, (long long)high);
+    }
+    return KRUL_STATUS_OK;
+}
+
+/* NaN fails the comparison and is refused with the rest. */
+static krul_status
+check_seconds(const char *name, const double *values, int32_t n_layers, krul_error *err)
+{
+    for (int32_t l = 0; l < n_layers; l++) {
+        if (!(values[l] >= 0 && values[l] <= MAX_COST)) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "%s of layer %d is %g but must be from 0 to %g", name, (int)l,
+                             values[l], MAX_COST);
+        }
+    }
+    return KRUL_STATUS_OK;
+}
+
+/* Token counts of layers: within bounds, and never growing with depth. */
+static krul_status
+check_tokens(const char *name, const int64_t *n_tokens, const krul_restore_costs *costs,
+             krul_error *err)
+{
+    int64_t n_before = costs->n_recomputable;
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        if (n_tokens[l] < 0 || n_tokens[l] > n_before) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "%s of layer %d is %lld but must be from 0 to %lld, which %s", name,
+                             (int)l, (long long)n_tokens[l], (long long)n_before,
+                             l == 0 ? "is n_recomputable" : "the layer before it has");
+        }
+        n_before = n_tokens[l];
+    }
+    return KRUL_STATUS_OK;
+}
+
+static krul_status
+check_costs(const krul_restore_costs *costs, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    int32_t n_layers = costs->n_layers;
+    KRUL_TRY(check_count("n_layers", n_layers, 1, KRUL_STORE_MAX_LAYERS, err));
+    KRUL_TRY(check_count("n_tokens", costs->n_tokens, 0, KRUL_STORE_MAX_TOKENS, err));
+    KRUL_TRY(check_count("n_prompt_tokens", costs->n_prompt_tokens, 0, KRUL_STORE_MAX_TOKENS, err));
+    KRUL_TRY(check_count("granularity", costs->granularity, 1, INT64_MAX, err));
+    KRUL_TRY(check_count("block_tokens", costs->block_tokens, 0, INT64_MAX, err));
+    KRUL_TRY(check_count("first_block_tokens", costs->first_block_tokens, 0, INT64_MAX, err));
+    KRUL_TRY(check_count("n_recomputable", costs->n_recomputable, 0, costs->n_tokens, err));
+    KRUL_TRY(check_seconds("linear_s_per_token", costs->linear_s_per_token, n_layers, err));
+    KRUL_TRY(check_seconds("quadratic_s_per_token2", costs->quadratic_s_per_token2, n_layers, err));
+    KRUL_TRY(check_seconds("overhead_s", costs->overhead_s, n_layers, err));
+    KRUL_TRY(check_seconds("read_s", costs->read_s, n_layers, err));
+    KRUL_TRY(check_seconds("decode_s", costs->decode_s, n_layers, err));
+    if (!(costs->latency_s >= 0 && costs->latency_s <= MAX_COST)) {
+        status = krul_fail(err, KRUL_STATUS_BAD_VALUE, "latency_s is %g but must be from 0 to %g",
+                           costs->latency_s, MAX_COST);
+    }
+    else if (costs->n_required != NULL) {
+        status = check_tokens("n_required", costs->n_required, costs, err);
+    }
+
+done:
+    return status;
+}
+
+/* ---- the model of time ----------------------------------------------------------------------- */
+
+static double
+layer_recompute_s(const krul_restore_costs *costs, int32_t layer, double n_tokens)
+{
+    if (n_tokens <= 0) {
+        return 0;
+    }
+    return n_tokens * (costs->linear_s_per_token[layer] +
+                       costs->quadratic_s_per_token2[layer] * n_tokens) +
+           costs->overhead_s[layer];
+}
+
+/* (N + m)^2 - N^2 is m (2 N + m), without cancellation. */
+static double
+layer_prompt_s(const krul_restore_costs *costs, int32_t layer)
+{
+    double n_history = (double)costs->n_tokens;
+    double n_prompt = (double)costs->n_prompt_tokens;
+    if (n_prompt <= 0) {
+        return 0;
+    }
+    return n_prompt * (costs->linear_s_per_token[layer] +
+                       costs->quadratic_s_per_token2[layer] * (2 * n_history + n_prompt)) +
+           costs->overhead_s[layer];
+}
+
+/* Part of a layer that is read when its first n_recomputed tokens are not wanted. */
+static double
+loaded_fraction(const krul_restore_costs *costs, int64_t n_recomputed)
+{
+    int64_t n_first = costs->first_block_tokens;
+    int64_t n_block = krul_max_i64(costs->block_tokens, 1);
+    if (n_recomputed >= costs->n_tokens) {
+        return 0;
+    }
+    int64_t n_skipped = n_recomputed < n_first ? 0
+                                               : n_recomputed - (n_recomputed - n_first) % n_block;
+    return (double)(costs->n_tokens - n_skipped) / (double)costs->n_tokens;
+}
+
+static double
+layer_decode_s(const krul_restore_costs *costs, int32_t layer)
+{
+    return costs->decode_on_compute ? costs->decode_s[layer] : 0;
+}
+
+/* Seconds until the first token. */
+static double
+predict(const planner_state *planner, const int64_t *n_recomputed)
+{
+    const krul_restore_costs *costs = planner->costs;
+    double work_s = planner->prompt_s[0];
+    double load_end_s = costs->latency_s;
+    double loads_s = 0; /* until the first token, were there nothing but loads and the prompt */
+    double fraction = 0;
+    int64_t n_before = -1;
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        int64_t n = n_recomputed[l];
+        if (n != n_before) {
+            fraction = loaded_fraction(costs, n);
+            n_before = n;
+        }
+        work_s += layer_recompute_s(costs, l, (double)n) + fraction * layer_decode_s(costs, l);
+        if (fraction > 0) {
+            load_end_s += fraction * planner->load_s[l];
+            loads_s = fmax(loads_s, load_end_s + planner->prompt_s[l]);
+        }
+    }
+    return fmax(work_s, loads_s);
+}
+
+/* ---- candidates ------------------------------------------------------------------------------ */
+
+static int64_t
+level_tokens(const planner_state *planner, int64_t level)
+{
+    return krul_min_i64(level * planner->granularity, planner->costs->n_tokens);
+}
+
+/* The line from first to last, rounded down to granularity: its numerator over (n_layers - 1) is
+ * carried as a quotient and a remainder, because a division per layer would take half the time. */
+static void
+fill_ramp(const planner_state *planner, int64_t first, int64_t last, int64_t *out)
+{
+    int64_t n_gaps = krul_max_i64(planner->costs->n_layers - 1, 1);
+    int64_t divisor = n_gaps * planner->granularity;
+    int64_t quotient = first * n_gaps / divisor;
+    int64_t remainder = first * n_gaps % divisor;
+    int64_t quotient_fall = (first - last) / divisor;
+    int64_t remainder_fall = (first - last) % divisor;
+    for (int32_t l = 0; l < planner->costs->n_layers; l++) {
+        /* all of the history need not be a multiple of granularity */
+        out[l] = l == 0 || first == last ? first : quotient * planner->granularity;
+        quotient -= quotient_fall;
+        remainder -= remainder_fall;
+        if (remainder < 0) {
+            remainder += divisor;
+            quotient--;
+        }
+    }
+}
+
+/* Write a candidate's layers to planner->n_recomputed; returns their sum. */
+static int64_t
+fill(const planner_state *planner, const plan_candidate *candidate)
+{
+    int64_t *out = planner->n_recomputed;
+    const int64_t *n_required = planner->costs->n_required;
+    int64_t first = level_tokens(planner, candidate->first_level);
+    int64_t last = level_tokens(planner, candidate->last_level);
+    int64_t n_total = 0;
+    if (candidate->shape == KRUL_RESTORE_SHAPE_PYRAMID) {
+        fill_ramp(planner, first, last, out);
+    }
+    else {
+        for (int32_t l = 0; l < planner->costs->n_layers; l++) {
+            out[l] = l < candidate->n_first_layers ? first : last;
+        }
+    }
+    for (int32_t l = 0; l < planner->costs->n_layers; l++) {
+        out[l] = n_required == NULL ? out[l] : krul_max_i64(out[l], n_required[l]);
+        n_total += out[l];
+    }
+    return n_total;
+}
+
+static bool
+is_better(const plan_candidate *left, const plan_candidate *right)
+{
+    return left->predicted_s < right->predicted_s * (1 - MARGIN) ||
+           (left->predicted_s <= right->predicted_s && left->n_recomputed < right->n_recomputed);
+}
+
+/* Every candidate passes here: predict it, and keep it if there is no better one. */
+static double
+consider(planner_state *planner, plan_candidate *candidate)
+{
+    candidate->n_recomputed = fill(planner, candidate);
+    candidate->predicted_s = predict(planner, planner->n_recomputed);
+    if (is_better(candidate, &planner->best)) {
+        planner->best = *candidate;
+    }
+    return candidate->predicted_s;
+}
+
+/* ---- search ---------------------------------------------------------------------------------- */
+
+/* Set one number of a candidate to value; returns the least time found with it. */
+typedef double (*try_number)(planner_state *planner, plan_candidate *candidate, int64_t value);
+
+/* The least time over value in [low, high]: each tried where they are few, else by Fibonacci
+ * search. The ends are always tried, because overhead and whole layers make them special. */
+static double
+search(planner_state *planner, plan_candidate *candidate, try_number try, int64_t low, int64_t high)
+{
+    double least_s = INFINITY;
+    if (high - low < MAX_SCANNED) {
+        for (int64_t value = low; value <= high; value++) {
+            least_s = fmin(least_s, try(planner, candidate, value));
+        }
+        return least_s;
+    }
+    least_s = fmin(try(planner, candidate, low), try(planner, candidate, high));
+    int64_t shorter = 1, longer = 1; /* neighbouring Fibonacci numbers, their sum the range */
+    while (shorter + longer < high - low) {
+        longer += shorter;
+        shorter = longer - shorter;
+    }
+    double left_s = try(planner, candidate, low + shorter);
+    double right_s = try(planner, candidate, low + longer);
+    least_s = fmin(least_s, fmin(left_s, right_s));
+    while (longer > shorter) {
+        int64_t next = longer - shorter;
+        if (left_s <= right_s) {
+            right_s = left_s;
+            left_s = try(planner, candidate, low + next);
+            least_s = fmin(least_s, left_s);
+        }
+        else {
+            low += shorter;
+            left_s = right_s;
+            /* the Fibonacci number may be larger than the range was */
+            right_s = low + shorter < high ? try(planner, candidate, low + shorter) : INFINITY;
+            least_s = fmin(least_s, right_s);
+        }
+        longer = shorter;
+        shorter = next;
+    }
+    return least_s;
+}
+
+static double
+try_last_level(planner_state *planner, plan_candidate *candidate, int64_t value)
+{
+    candidate->last_level = value;
+    return consider(planner, candidate);
+}
+
+static double
+try_both_levels(planner_state *planner, plan_candidate *candidate, int64_t value)
+{
+    candidate->first_level = value;
+    return try_last_level(planner, candidate, value);
+}
+
+static double
+try_first_level(planner_state *planner, plan_candidate *candidate, int64_t value)
+{
+    candidate->first_level = value;
+    return search(planner, candidate, try_last_level, 0, value);
+}
+
+static double
+try_n_first_layers(planner_state *planner, plan_candidate *candidate, int64_t value)
+{
+    candidate->n_first_layers = value;
+    return search(planner, candidate, try_first_level, 0, planner->top_level);
+}
+
+/* The least time of a shape's candidates; the best of all so far is in planner->best. */
+static double
+search_shape(planner_state *planner, krul_restore_shape shape)
+{
+    plan_candidate candidate = {.shape = shape};
+    int64_t top_level = planner->top_level;
+    switch (shape) {
+        case KRUL_RESTORE_SHAPE_RECOMPUTE:
+            return try_both_levels(planner, &candidate, top_level);
+        case KRUL_RESTORE_SHAPE_UNIFORM:
+            return search(planner, &candidate, try_both_levels, 0, top_level);
+        case KRUL_RESTORE_SHAPE_PYRAMID:
+            return search(planner, &candidate, try_first_level, 0, top_level);
+        case KRUL_RESTORE_SHAPE_STEP:
+            return search(planner, &candidate, try_n_first_layers, 1, planner->costs->n_layers);
+        default:
+            return try_both_levels(planner, &candidate, 0);
+    }
+}
+
+/* ---- bound ----------------------------------------------------------------------------------- */
+/* No plan is faster than w * work + (1 - w) * loads for any weight w, each layer choosing the real
+ * number of tokens that suits it best. The bound is the largest of these: with equal linear layers
+ * 1 / T = 1 / (all recomputed) + 1 / (all loaded), and a true bound for any others. */
+
+/* Seconds of work and of loading that a layer adds at its best n, for one weight. */
+typedef struct plan_demand {
+    double work_s;
+    double load_s;
+} plan_demand;
+
+static plan_demand
+demand_at(const planner_state *planner, int32_t layer, double n_recomputed)
+{
+    double fraction = 1 - n_recomputed / (double)planner->costs->n_tokens;
+    return (plan_demand){layer_recompute_s(planner->costs, layer, n_recomputed) +
+                             fraction * layer_decode_s(planner->costs, layer),
+                         fraction * planner->load_s[layer]};
+}
+
+static double
+weighted_s(plan_demand demand, double weight)
+{
+    return weight * demand.work_s + (1 - weight) * demand.load_s;
+}
+
+/* Convex in n but for the overhead at 0, so least at an end or where the slope is 0. */
+static plan_demand
+least_demand(const planner_state *planner, int32_t layer, double weight)
+{
+    const krul_restore_costs *costs = planner->costs;
+    double n_tokens = (double)costs->n_tokens;
+    double low = costs->n_required == NULL ? 0 : (double)costs->n_required[layer];
+    double high = (double)costs->n_recomputable;
+    double slope = weight * (costs->linear_s_per_token[layer] -
+                             layer_decode_s(costs, layer) / n_tokens) -
+                   (1 - weight) * planner->load_s[layer] / n_tokens;
+    double curvature = 2 * weight * costs->quadratic_s_per_token2[layer];
+    double ends[] = {low, high, curvature > 0 ? fmin(fmax(-slope / curvature, low), high) : high};
+    plan_demand least = demand_at(planner, layer, ends[0]);
+    for (size_t i = 1; i < KRUL_LENGTH(ends); i++) {
+        plan_demand other = demand_at(planner, layer, ends[i]);
+        least = weighted_s(other, weight) < weighted_s(least, weight) ? other : least;
+    }
+    return least;
+}
+
+static double
+bound_s(const planner_state *planner)
+{
+    int32_t n_layers = planner->costs->n_layers;
+    double bound = 0, low = 0, high = 1;
+    for (int i = 0; i < 53 && planner->costs->n_tokens > 0; i++) {
+        double weight = (low + high) / 2;
+        plan_demand total = {planner->prompt_s[0],
+                             planner->costs->latency_s + planner->prompt_s[n_layers - 1]};
+        for (int32_t l = 0; l < n_layers; l++) {
+            plan_demand layer = least_demand(planner, l, weight);
+            total.work_s += layer.work_s;
+            total.load_s += layer.load_s;
+        }
+        bound = fmax(bound, weighted_s(total, weight));
+        *(total.work_s > total.load_s ? &low : &high) = weight;
+    }
+    return bound;
+}
+
+/* ---- plans ----------------------------------------------------------------------------------- */
+
+static void
+planner_close(planner_state *planner)
+{
+    free(planner->load_s);
+    free(planner->prompt_s);
+    free(planner->n_recomputed);
+}
+
+static krul_status
+planner_init(planner_state *out, const krul_restore_costs *costs, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    KRUL_TRY(check_costs(costs, err));
+    size_t n_layers = (size_t)costs->n_layers;
+    int64_t granularity = krul_min_i64(costs->granularity, krul_max_i64(costs->n_tokens, 1));
+    bool has_part = costs->n_recomputable == costs->n_tokens && costs->n_tokens % granularity != 0;
+    *out = (planner_state){
+        .costs = costs,
+        .granularity = granularity,
+        .top_level = costs->n_recomputable / granularity + has_part,
+        .load_s = calloc(n_layers, sizeof(double)),
+        .prompt_s = calloc(n_layers + 1, sizeof(double)),
+        .n_recomputed = calloc(n_layers, sizeof(int64_t)),
+        .best = {.predicted_s = INFINITY},
+    };
+    if (out->load_s == NULL || out->prompt_s == NULL || out->n_recomputed == NULL) {
+        status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory to plan the restore of %d layers",
+                           (int)costs->n_layers);
+        goto done;
+    }
+    for (int32_t l = costs->n_layers - 1; l >= 0; l--) {
+        double overlapped_s = costs->decode_on_compute ? 0 : costs->decode_s[l];
+        out->load_s[l] = fmax(costs->read_s[l], overlapped_s);
+        out->prompt_s[l] = out->prompt_s[l + 1] + layer_prompt_s(costs, l);
+    }
+
+done:
+    return status;
+}
+
+/* The planner, and is n_recomputed something that it could have chosen? */
+static krul_status
+planner_init_for(planner_state *out, const krul_restore_costs *costs, const int64_t *n_recomputed,
+                 krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    KRUL_TRY(planner_init(out, costs, err));
+    KRUL_TRY(check_tokens("n_recomputed", n_recomputed, costs, err));
+    for (int32_t l = 0; costs->n_required != NULL && l < costs->n_layers; l++) {
+        if (n_recomputed[l] < costs->n_required[l]) {
+            status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                               "n_recomputed of layer %d is %lld but n_required is %lld", (int)l,
+                               (long long)n_recomputed[l], (long long)costs->n_required[l]);
+            goto done;
+        }
+    }
+
+done:
+    return status;
+}
+
+krul_status
+krul_restore_plan_predict(const krul_restore_costs *costs, const int64_t *n_recomputed, double *out,
+                          krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    planner_state planner = {0};
+    KRUL_TRY(planner_init_for(&planner, costs, n_recomputed, err));
+    *out = predict(&planner, n_recomputed);
+
+done:
+    planner_close(&planner);
+    return status;
+}
+
+krul_status
+krul_restore_plan_choose(const krul_restore_costs *costs, krul_restore_shape shape,
+                         krul_restore_plan *out, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    planner_state planner = {0};
+    KRUL_TRY(check_count("shape", (int64_t)shape, KRUL_RESTORE_SHAPE_AUTO, KRUL_RESTORE_SHAPE_STEP,
+                         err));
+    KRUL_TRY(planner_init(&planner, costs, err));
+    double load_s = search_shape(&planner, KRUL_RESTORE_SHAPE_LOAD);
+    double recompute_s = search_shape(&planner, KRUL_RESTORE_SHAPE_RECOMPUTE);
+    if (shape != KRUL_RESTORE_SHAPE_AUTO) {
+        planner.best.predicted_s = INFINITY;
+        search_shape(&planner, shape);
+    }
+    else {
+        search_shape(&planner, KRUL_RESTORE_SHAPE_UNIFORM);
+        search_shape(&planner, KRUL_RESTORE_SHAPE_PYRAMID);
+        search_shape(&planner, KRUL_RESTORE_SHAPE_STEP);
+    }
+    fill(&planner, &planner.best);
+    memcpy(out->n_recomputed, planner.n_recomputed,
+           (size_t)costs->n_layers * sizeof *out->n_recomputed);
+    out->shape = planner.best.shape;
+    out->predicted_s = planner.best.predicted_s;
+    out->load_s = load_s;
+    out->recompute_s = recompute_s;
+    /* without a load there is no latency, which the bound has paid */
+    out->bound_s = fmin(bound_s(&planner), fmin(recompute_s, out->predicted_s));
+
+done:
+    planner_close(&planner);
+    return status;
+}
+
+/* ---- steps ----------------------------------------------------------------------------------- */
+
+static krul_restore_plan_step *
+append(krul_restore_plan_step *steps, int64_t *n_steps, krul_restore_action action, int32_t layer,
+       int64_t token_start, int64_t token_end)
+{
+    krul_restore_plan_step *step = &steps[(*n_steps)++];
+    *step = (krul_restore_plan_step){
+        .action = action, .layer = layer, .token_start = token_start, .token_end = token_end};
+    return step;
+}
+
+/* By start. At one instant a step that takes no time comes before what needs it: recomputing, then
+ * loading, then the prompt's pass, each from the first layer on. */
+static int
+compare_steps(const void *left_bytes, const void *right_bytes)
+{
+    const krul_restore_plan_step *left = left_bytes;
+    const krul_restore_plan_step *right = right_bytes;
+    if (left->start_s != right->start_s) {
+        return left->start_s < right->start_s ? -1 : 1;
+    }
+    if (left->action != right->action) {
+        return left->action < right->action ? -1 : 1;
+    }
+    return (left->layer > right->layer) - (left->layer < right->layer);
+}
+
+krul_status
+krul_restore_plan_steps(const krul_restore_costs *costs, const int64_t *n_recomputed,
+                        krul_restore_plan_step *steps_out, int64_t *n_steps_out, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    planner_state planner = {0};
+    KRUL_TRY(planner_init_for(&planner, costs, n_recomputed, err));
+    double first_token_s = predict(&planner, n_recomputed);
+    int64_t n_tokens = costs->n_tokens, n_steps = 0;
+    krul_restore_plan_step *step;
+
+    double work_end_s = 0;
+    double decode_s = 0;
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        decode_s += loaded_fraction(costs, n_recomputed[l]) * layer_decode_s(costs, l);
+        if (n_recomputed[l] > 0) {
+            step = append(steps_out, &n_steps, KRUL_RESTORE_ACTION_RECOMPUTE, l, 0,
+                          n_recomputed[l]);
+            step->start_s = work_end_s;
+            work_end_s += layer_recompute_s(costs, l, (double)n_recomputed[l]);
+            step->end_s = work_end_s;
+        }
+    }
+    for (int64_t i = 0; i < n_steps; i++) {
+        double left_s = work_end_s - steps_out[i].end_s + decode_s + planner.prompt_s[0];
+        steps_out[i].deadline_s = first_token_s - left_s;
+    }
+
+    double load_end_s = costs->latency_s;
+    double prompt_end_s = work_end_s + decode_s;
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        if (n_recomputed[l] < n_tokens) {
+            step = append(steps_out, &n_steps, KRUL_RESTORE_ACTION_LOAD, l, n_recomputed[l],
+                          n_tokens);
+            step->start_s = load_end_s;
+            load_end_s += loaded_fraction(costs, n_recomputed[l]) * planner.load_s[l];
+            step->end_s = load_end_s;
+            step->deadline_s = first_token_s - planner.prompt_s[l];
+            prompt_end_s = fmax(prompt_end_s, load_end_s);
+        }
+        if (costs->n_prompt_tokens > 0) {
+            step = append(steps_out, &n_steps, KRUL_RESTORE_ACTION_PROMPT, l, n_tokens,
+                          n_tokens + costs->n_prompt_tokens);
+            step->start_s = prompt_end_s;
+            prompt_end_s += layer_prompt_s(costs, l);
+            step->end_s = prompt_end_s;
+            step->deadline_s = first_token_s - planner.prompt_s[l + 1];
+        }
+    }
+    qsort(steps_out, (size_t)n_steps, sizeof *steps_out, compare_steps);
+    *n_steps_out = n_steps;
+
+done:
+    planner_close(&planner);
+    return status;
+}
