@@ -25,6 +25,7 @@ from .plan import SHAPES, Costs, Plan, Step, plan, predict
 from .probe import Capabilities, examine
 from .recompute import recompute_prefix
 from .settings import Settings
+from .simulate import HARDWARE, LINKS, METHODS, MODELS, Scenario, Simulation, simulate
 from .source import KeysAndValues, Source, decode_windows
 from .store import ConversationFiles, Manifest
 
@@ -32,15 +33,22 @@ if TYPE_CHECKING:
     from .store import Store
 
 __all__ = [
+    "HARDWARE",
+    "LINKS",
+    "METHODS",
+    "MODELS",
     "SHAPES",
     "Costs",
     "Plan",
+    "Scenario",
+    "Simulation",
     "Source",
     "Step",
     "open_cache",
     "plan",
     "predict",
     "recompute_prefix",
+    "simulate",
 ]
 
 

@@ -79,15 +79,12 @@ class FakeSource:
                     self.layers[index][1].copy_(old.values[:, :, : self.n_tokens])
                 self.events[index].set()
 
-    def wait(self, layer: int) -> None:
+    def wait(self, layer: int, can_recompute: bool = False) -> None:
         self.waited.append(layer)
         if not self.events[layer].wait(PATIENCE_S):
             raise AssertionError(f"nobody brought in layer {layer}")
         if layer in self.failures:
             raise self.failures[layer]
-
-    def is_done(self, layer: int) -> bool:
-        return self.events[layer].is_set()
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -95,6 +92,9 @@ class FakeSource:
             if not event.is_set():
                 self.failures.setdefault(index, KrulError(f"layer {index} was cancelled"))
                 event.set()
+
+    def abandon(self) -> None:
+        self.close()
 
     def close(self) -> None:
         self.cancel()

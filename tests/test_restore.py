@@ -460,7 +460,7 @@ def test_core_restore_reports_and_refuses():
     restore = _core.Restore([(-1, payload, entry_of(tensor, payload, 0), (out,))], 2, 1)
     restore.wait(0)
     restore.wait(1)
-    assert restore.is_done(0)
+    assert restore.wait_for(0, 0.0)
     assert restore.counts()["n_steps_done"] == 1
     assert torch.equal(out, tensor)
     restore.close()

@@ -1,0 +1,363 @@
+"""Time to first token over a store of any speed: loading, recomputing, and both at once.
+
+Each way reads through a limit, set so that recomputing the history takes x times as long as reading
+its K/V as 16-bit numbers would. A way that keeps fewer bytes is given the time that its own bytes
+take; one whose bytes here differ from what it stands for (float32 models store more than 16 bits)
+has its limit scaled so that it is not. All ways run on krul's own reader and threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import krul
+from krul import _core
+from krul.compressor import CODECS
+from krul.demo_model import load
+
+from . import harness, texts
+
+HISTORIES = {512: (0.1, 0.3, 1, 3, 10, 30, 100), 2048: (0.3, 1, 3, 10, 30, 100), 7936: (1, 10, 100)}
+QUICK_HISTORIES = {512: (1, 10)}
+N_PROMPT = 64
+# A way that takes longer is run once, a quicker one three times.
+SLOW_S = 4.0
+# Two correct runs of the model in float32; products of other shapes add in another order.
+CLOSE = 2e-3
+
+COLUMNS = [
+    ("n_tokens", "history", ",d"),
+    ("x", "x", "g"),
+    ("way", "way", ""),
+    ("first_token_s", "first token, s", ".3f"),
+    ("faster_than_recompute", "x faster than recompute", ".2f"),
+    ("times_bound", "x the bound", ".2f"),
+    ("plan", "plan", ""),
+    ("recomputed", "recomputed", ".0%"),
+    ("predicted_s", "predicted, s", ".3f"),
+    ("mean_kl", "mean KL, nats", ".4f"),
+]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to bring the history back under a limit of bytes per second.
+
+    `counted_bytes` is what it reads in the story, `stored_bytes` what it reads here.
+    """
+
+    name: str
+    restore: Callable[[float], Any]
+    stored_bytes: float
+    counted_bytes: float
+    max_kl: float = 0.0
+
+
+class HiddenStates:
+    """HCache's way: the input of each layer is loaded, and its K and V are made from it."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, path: Path) -> None:
+        self.model = model
+        hidden: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            for layer in model.model.layers
+        ]
+        with torch.no_grad():
+            model(ids, use_cache=False, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        self.n_tokens, self.shape = ids.shape[1], (1, 1, *hidden[0].shape[1:])
+        with torch.no_grad():
+            positions = torch.arange(self.n_tokens)[None]
+            self.rotation = model.model.rotary_emb(hidden[0], positions)
+        constants = _core.store_constants()
+        self.entries, self.stored_bytes = [], 0
+        with path.open("wb") as file:
+            for layer, states in enumerate(hidden):
+                job = (CODECS["exact"], 0, (states[None].contiguous(),))
+                ((payload, codec, _, _),) = _core.encode_blocks([job])
+                file.write(payload)
+                self.entries.append(
+                    (
+                        constants["ENTRY_BLOCK"], codec, 0, 1, layer, -1, 1, 1, self.shape[3],
+                        0, self.n_tokens, self.stored_bytes, len(payload), _core.crc32c(payload),
+                    )
+                )  # fmt: skip
+                self.stored_bytes += len(payload)
+        self.path = path
+
+    def open(self, max_bytes_per_s: float) -> krul.Cache:
+        """Return a cache whose layers are made from what is being loaded."""
+        cache = krul.Cache(model=self.model)
+        config = self.model.config
+        shape = (1, config.num_key_value_heads, self.n_tokens, config.head_dim)
+        for layer in cache.layers:
+            layer.allocate(shape, shape, torch.float32, torch.float32)
+        cache.record_history(torch.zeros(1, self.n_tokens, dtype=torch.int64))
+        cache.begin_restore(_HiddenSource(self, cache, max_bytes_per_s), range(len(cache.layers)))
+        return cache
+
+
+class _HiddenSource:
+    def __init__(self, ways: HiddenStates, cache: krul.Cache, max_bytes_per_s: float) -> None:
+        self.ways, self.cache = ways, cache
+        self.file = ways.path.open("rb")
+        self.states = [torch.empty(ways.shape) for _ in ways.entries]
+        self.restore = _core.Restore(
+            [
+                (self.file.fileno(), None, entry, (states,))
+                for entry, states in zip(ways.entries, self.states, strict=True)
+            ],
+            len(ways.entries),
+            max_bytes_per_s=max_bytes_per_s,
+        )
+
+    @torch.no_grad()
+    def wait(self, layer: int, can_recompute: bool = False) -> None:
+        self.restore.wait(layer)
+        block = self.ways.model.model.layers[layer]
+        normed = block.input_layernorm(self.states[layer][0])
+        shape = (1, self.ways.n_tokens, -1, self.ways.model.config.head_dim)
+        keys = block.self_attn.k_proj(normed).view(shape).transpose(1, 2)
+        values = block.self_attn.v_proj(normed).view(shape).transpose(1, 2)
+        keys, _ = apply_rotary_pos_emb(keys, keys, *self.ways.rotation)
+        for buffer, made in zip(self.cache.layers[layer]._buffers, (keys, values), strict=True):
+            buffer[:, :, : self.ways.n_tokens].copy_(made)
+
+    def cancel(self) -> None:
+        self.restore.cancel()
+
+    def abandon(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.restore.close()
+        self.file.close()
+
+
+class Bench:
+    """The model, a text, and stores that hold it."""
+
+    def __init__(self, folder: Path) -> None:
+        # float32: what every processor multiplies fast, and where equal means equal.
+        self.tokenizer, self.model = load(torch.float32)
+        self.folder = folder
+        self.words = texts.text("manual")
+        self.ids = self.tokenizer(self.words, return_tensors="pt").input_ids
+        self.rows: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def first_token(self, cache: Any, n_tokens: int) -> torch.Tensor:
+        """Run the new prompt; return its last logits."""
+        new = self.ids[:, n_tokens : n_tokens + N_PROMPT]
+        return self.model(
+            new, past_key_values=cache, use_cache=True, logits_to_keep=N_PROMPT
+        ).logits[0]
+
+    @torch.no_grad()
+    def recompute(self, n_tokens: int) -> torch.Tensor:
+        """Run history and prompt without any store."""
+        whole = self.ids[:, : n_tokens + N_PROMPT]
+        return self.model(whole, use_cache=True, logits_to_keep=N_PROMPT).logits[0]
+
+    def save(self, n_tokens: int, name: str, **settings: Any) -> tuple[krul.Store, int]:
+        """Store the history under a codec as it is named; return the store and the bytes."""
+        store = krul.Store(self.folder / f"{name.replace('/', '-')}-{n_tokens}")
+        chosen = krul.Settings(guard_tokens=0, **settings)
+        with store.open("history", self.model, settings=chosen) as cache, torch.no_grad():
+            self.model(
+                self.ids[:, :n_tokens], past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            # A few prompts more, so that the store's book of costs knows what passes take.
+            for _ in range(2):
+                self.first_token(cache, n_tokens)
+                cache.crop(-N_PROMPT)
+            return store, cache.save().stored_bytes
+
+    def ways(self, n_tokens: int) -> list[Way]:
+        """Save the history in every form and return how it comes back."""
+        config = self.model.config
+        n_values = 2 * n_tokens * config.num_hidden_layers * config.num_key_value_heads
+        bf16_bytes = 2.0 * n_values * config.head_dim
+        exact, exact_bytes = self.save(n_tokens, "exact", codec="exact", estimator_rows=0)
+        pairs, pairs_bytes = self.save(
+            n_tokens, "pairs", codec="share", estimator_rows=0, share_ratio=0.75
+        )
+        hidden = HiddenStates(self.model, self.ids[:, :n_tokens], self.folder / f"hidden{n_tokens}")
+        hidden_bytes = 2.0 * n_tokens * config.hidden_size * config.num_hidden_layers
+
+        def opened(store: krul.Store, restore: str, is_blocking: bool = False) -> Any:
+            def open_it(max_bytes_per_s: float) -> krul.Cache:
+                settings = krul.Settings(restore=restore, max_read_bytes_per_s=max_bytes_per_s)
+                cache = store.open("history", self.model, settings=settings)
+                if is_blocking:
+                    cache.restore()
+                return cache
+
+            return open_it
+
+        found = [
+            Way("load, then run", opened(exact, "load", True), exact_bytes, bf16_bytes),
+            Way("load, layer by layer", opened(exact, "load"), exact_bytes, bf16_bytes),
+            Way(
+                "fixed pairs, layer by layer",
+                opened(pairs, "load"),
+                pairs_bytes,
+                0.75 * bf16_bytes,
+                max_kl=math.inf,
+            ),
+            Way("from both ends, uncompressed", opened(exact, "uniform"), exact_bytes, bf16_bytes),
+            Way("hidden states", hidden.open, hidden.stored_bytes, hidden_bytes),
+        ]
+        for codec in ("int8", "int4"):
+            store, n_bytes = self.save(n_tokens, codec, codec=codec, estimator_rows=0)
+            found.append(
+                Way(f"krul {codec}", opened(store, "auto"), n_bytes, n_bytes, max_kl=math.inf)
+            )
+        return found
+
+    def one_history(self, n_tokens: int, xs: tuple[float, ...]) -> None:
+        """Time every way at every x."""
+        ways = self.ways(n_tokens)
+        expected = self.recompute(n_tokens)
+        recompute_s = statistics.median(
+            _seconds(lambda: self.recompute(n_tokens)) for _ in range(3 if n_tokens < 4096 else 1)
+        )
+        bf16_bytes = next(way for way in ways if way.name.startswith("load")).counted_bytes
+        for x in xs:
+            print(f"{n_tokens:,} tokens, x = {x:g} ...", file=sys.stderr, flush=True)
+            rate = x * bf16_bytes / recompute_s
+            base = {"n_tokens": n_tokens, "x": x}
+            self.rows.append(
+                base
+                | {
+                    "way": "recompute",
+                    "first_token_s": recompute_s,
+                    "faster_than_recompute": 1.0,
+                    "mean_kl": 0.0,
+                }
+            )
+            for way in ways:
+                self.rows.append(base | self.one_way(way, n_tokens, rate, expected, recompute_s))
+
+    def one_way(
+        self, way: Way, n_tokens: int, rate: float, expected: torch.Tensor, recompute_s: float
+    ) -> dict[str, Any]:
+        """Check a way, then time it."""
+        limit = rate * way.stored_bytes / way.counted_bytes
+        seconds: list[float] = []
+        while not seconds or (len(seconds) < 3 and seconds[0] < SLOW_S):
+            start = time.perf_counter()
+            with way.restore(limit) as cache:
+                logits = self.first_token(cache, n_tokens)
+                seconds.append(time.perf_counter() - start)
+                report = cache.restore_report
+            p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+            mean_kl = float((p.exp() * (p - q)).sum(-1).mean())
+            error = float((logits - expected).abs().max() / expected.abs().max())
+            harness.check(
+                mean_kl <= way.max_kl or error <= CLOSE,
+                f"{way.name} at {n_tokens} tokens: logits are off by {error}, KL {mean_kl}",
+            )
+        # No split of recomputing and reading these bytes can be faster, nor can the prompt.
+        bound_s = 1 / (1 / recompute_s + rate / way.counted_bytes)
+        first_token_s = statistics.median(seconds)
+        n_recomputed = report.n_recomputed_by_layer
+        return {
+            "way": way.name,
+            "first_token_s": first_token_s,
+            "minimum_s": min(seconds),
+            "n_runs": len(seconds),
+            "faster_than_recompute": recompute_s / first_token_s,
+            "bound_s": bound_s,
+            "times_bound": first_token_s / bound_s,
+            "counted_bytes": way.counted_bytes,
+            "plan": report.plan if way.name.startswith(("krul", "from")) else None,
+            "recomputed": sum(n_recomputed) / max(1, len(n_recomputed) * n_tokens),
+            "predicted_s": None if math.isnan(report.predicted_s) else report.predicted_s,
+            "mean_kl": mean_kl,
+        }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the time to first token over x, with the bound of the smallest codec."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    histories = sorted({row["n_tokens"] for row in rows})
+    figure, axes = plt.subplots(1, len(histories), figsize=(5 * len(histories), 4), squeeze=False)
+    for axis, n_tokens in zip(axes[0], histories, strict=True):
+        mine = [row for row in rows if row["n_tokens"] == n_tokens]
+        for name in dict.fromkeys(row["way"] for row in mine):
+            line = [(row["x"], row["first_token_s"]) for row in mine if row["way"] == name]
+            axis.plot(*zip(*line, strict=True), marker=".", label=name)
+        bound = [(row["x"], row["bound_s"]) for row in mine if row["way"] == "krul int4"]
+        axis.plot(*zip(*bound, strict=True), "k--", label="bound, krul int4")
+        axis.set(
+            xscale="log", yscale="log", xlabel="x: recompute / load", title=f"{n_tokens:,} tokens"
+        )
+    axes[0][0].set_ylabel("time to first token, s")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--histories", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument("--png", type=Path, help="where the picture goes")
+    options: argparse.Namespace = parser.parse_args()
+    chosen = QUICK_HISTORIES if options.quick else HISTORIES
+    if options.histories:
+        chosen = {n: HISTORIES.get(n, (0.3, 1, 3, 10, 30)) for n in options.histories}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        krul.attach(bench.model)  # asks the model once; not part of any wait
+        for n_tokens, xs in chosen.items():
+            bench.one_history(n_tokens, xs)
+    notes = [
+        f"SmolLM2-135M-Instruct in float32, {torch.get_num_threads()} threads; a manual (SHA-256 "
+        f"{texts.digest(bench.words)}...); the first token after {N_PROMPT} new ones. The limit is "
+        "a real one: threads read and then wait.",
+        "x: seconds to recompute the history by seconds to read its K/V as 16-bit numbers. "
+        "The bound is the best split of recomputing and of reading a way's own bytes, without the "
+        "new prompt's pass.",
+        "Fixed pairs change what the model says (see mean KL); the other uncompressed ways give "
+        "its logits to float rounding.",
+    ]
+    harness.finish(
+        "restore", bench.rows, COLUMNS, notes=notes, is_quick=options.quick, path=options.json
+    )
+    path = options.png or (None if options.quick else harness.RESULTS / "restore.png")
+    if path is not None:
+        plot(bench.rows, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""Restores that recompute a prefix while they load the rest: exact, and calm in trouble."""
+
+import copy
+import gc
+import math
+import os
+import threading
+import time
+
+import models
+import pytest
+import torch
+
+import krul
+from krul import costs
+
+# Blocks begin at tokens 0, 4, 516 and 1028.
+N_HISTORY = 1100
+MIXED = ("mixed", "uniform", "pyramid", "step", "recompute")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with krul.Store(tmp_path / "store") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.tiny("llama")
+
+
+def saved(store, model, n_tokens=N_HISTORY, n_batch=1, codec="exact", mask=None):
+    """A conversation in the store; its ids, and the K/V of an uninterrupted run."""
+    ids = models.token_ids(1, n_tokens, n_batch)
+    settings = krul.Settings(codec=codec, guard_tokens=0)
+    with store.open("chat", model, settings=settings) as cache, torch.no_grad():
+        given = {} if mask is None else {"attention_mask": mask}
+        if mask is not None:
+            given["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        model(ids, past_key_values=cache, use_cache=True, **given)
+        cache.save()
+        exact = copy.deepcopy(cache)
+    return ids, exact
+
+
+def reopened(store, model, restore, **changes):
+    return store.open("chat", model, settings=krul.Settings(restore=restore, **changes))
+
+
+@torch.no_grad()
+def next_logits(model, cache, n_new=7, **given):
+    new = models.token_ids(5, n_new, cache.token_ids.shape[0])
+    if "attention_mask" in given:
+        ones = torch.ones_like(new)
+        mask = given["attention_mask"] = torch.cat([given["attention_mask"], ones], 1)
+        given["position_ids"] = (mask.cumsum(-1) - 1)[:, -n_new:]
+    return model(new, past_key_values=cache, use_cache=True, **given).logits
+
+
+def knows(store, model, forward_s_per_token, read_bytes_per_s):
+    """Make the store's book of costs say this."""
+    book = costs.cost_book(store.path, krul.restore.examine(model)[1].exact)
+    book._passes.clear()
+    for n_tokens in (100, 1000):
+        book.add_forward(0, n_tokens, forward_s_per_token * n_tokens)
+    book.read_bytes_per_s = read_bytes_per_s
+    return book
+
+
+# ---- the same numbers, whatever is recomputed ----------------------------------------------------
+
+
+@pytest.mark.parametrize("restore", MIXED)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "mixtral"])
+def test_what_is_recomputed_equals_what_was_stored(store, name, restore):
+    model = models.tiny(name)
+    _, exact = saved(store, model)
+    with krul.attach(model, observe=False):
+        expected = next_logits(model, exact)
+    with reopened(store, model, restore, max_read_bytes_per_s=1e9) as cache:
+        logits = next_logits(model, cache)
+        report = cache.restore_report
+        # Tiny float32 models; products of other shapes add in another order.
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for index, (layer, wanted) in enumerate(zip(cache.layers, exact.layers, strict=True)):
+            n = min(layer.keys.shape[2], N_HISTORY)
+            scale = wanted.keys[:, :, :n].abs().max()
+            assert (layer.keys - wanted.keys).abs().max() <= 1e-5 * scale, index
+    assert report.plan in ({"mixed": ("uniform", "pyramid", "step")}.get(restore, (restore,)))
+    assert max(report.n_recomputed_by_layer) > 0
+    for n_loaded, n_recomputed in zip(
+        report.n_loaded_by_layer, report.n_recomputed_by_layer, strict=True
+    ):
+        assert n_loaded + n_recomputed == N_HISTORY
+    assert list(report.n_recomputed_by_layer) == sorted(report.n_recomputed_by_layer)[::-1]
+    assert report.seconds_by_stage["recompute"] > 0
+
+
+def test_left_padding(store, llama):
+    mask = torch.ones(2, N_HISTORY, dtype=torch.long)
+    mask[1, :37] = 0
+    _, exact = saved(store, llama, n_batch=2, mask=mask)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact, attention_mask=mask)
+    with reopened(store, llama, "pyramid") as cache:
+        logits = next_logits(llama, cache, attention_mask=mask)
+        assert max(cache.restore_report.n_recomputed_by_layer) > 0
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_lossy_codecs_are_exact_where_they_are_recomputed(store, llama):
+    _, exact = saved(store, llama, codec="int4")
+    with reopened(store, llama, "uniform") as cache:
+        next_logits(llama, cache)
+        n = cache.restore_report.n_recomputed_by_layer[0]
+        assert n in (516, 1028)
+        for layer, wanted in zip(cache.layers, exact.layers, strict=True):
+            error = (layer.keys[:, :, :N_HISTORY] - wanted.keys).abs().amax((0, 1, 3))
+            assert error[:n].max() <= 1e-5 * wanted.keys.abs().max()
+            assert error[n:].max() > 1e-4
+
+
+def test_generate_over_a_mixed_restore(store, llama):
+    ids, exact = saved(store, llama)
+    whole = torch.cat([ids, models.token_ids(7, 9)], 1)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(whole)
+    with krul.attach(llama, observe=False):
+        expected = llama.generate(whole, attention_mask=mask, past_key_values=exact, **options)
+    with reopened(store, llama, "mixed") as cache:
+        out = llama.generate(whole, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.save().n_new_tokens == 9 + 11
+    assert torch.equal(out, expected)
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        assert torch.equal(cache.token_ids, out[:, :-1])
+
+
+@pytest.mark.parametrize("n_kept", [3, 300, 516, 700, 1099])
+def test_a_prompt_that_diverges_inside_the_recomputed_prefix(store, llama, n_kept):
+    ids, _ = saved(store, llama)
+    other = ids.clone()
+    other[:, n_kept:] = (other[:, n_kept:] + 1) % 90
+    other = other[:, : max(n_kept + 20, 600)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(other)
+    expected = llama.generate(other, attention_mask=mask, **options)
+    with reopened(store, llama, "uniform") as cache:
+        out = llama.generate(other, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.restore_report.n_cropped_tokens == N_HISTORY - n_kept
+    assert torch.equal(out, expected)
+
+
+# ---- what is chosen ------------------------------------------------------------------------------
+
+
+def test_auto_loads_while_nothing_is_known(store, llama):
+    saved(store, llama)
+    book = knows(store, llama, 1e-3, None)
+    book._passes.clear()
+    with store.open("chat", llama) as cache:
+        next_logits(llama, cache)
+        report = cache.restore_report
+    assert report.plan == "load"
+    assert "no forward pass of this model was measured" in report.reason
+    assert math.isnan(report.predicted_s)
+    assert report.actual_s > 0
+
+
+@pytest.mark.parametrize(
+    ("forward_s_per_token", "read_bytes_per_s", "plans"),
+    [
+        (1.0, 1e9, ("load",)),
+        (1e-6, 1e3, ("recompute",)),
+        (1e-4, 1e7, ("uniform", "pyramid", "step")),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_fastest(
+    store, llama, forward_s_per_token, read_bytes_per_s, plans
+):
+    saved(store, llama)
+    knows(store, llama, forward_s_per_token, read_bytes_per_s)
+    # Held up, so that this restore's own rate is not known when it is planned.
+    with reopened(store, llama, "auto", max_read_bytes_per_s=read_bytes_per_s) as cache:
+        cache.source._restores[0].limit(0)
+        next_logits(llama, cache)
+        report = cache.restore_report
+    assert report.plan in plans
+    assert report.predicted_s > 0
+
+
+def test_a_restore_and_its_passes_are_measured(store, llama):
+    saved(store, llama)
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        next_logits(llama, cache, 30)
+        book = cache.costs
+    assert book.forward() is not None
+    assert book.read_bytes_per_s > 0
+    assert book.decode_bytes_per_s(1) > 0
+    again = costs.CostBook(book.path, "again")
+    assert again.to_dict()["passes"] == book.to_dict()["passes"]
+
+
+def test_layers_that_cannot_be_recomputed_alone_are_loaded(store, llama):
+    saved(store, llama)
+    with reopened(store, llama, "pyramid") as cache:
+        cache.partial_blocker = "the probe said no"
+        next_logits(llama, cache)
+        report = cache.restore_report
+    assert report.plan == "load"
+    assert "the probe said no" in report.reason
+    assert set(report.n_loaded_by_layer) == {N_HISTORY}
+
+
+# ---- when things go wrong ------------------------------------------------------------------------
+
+
+class ModelError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [ModelError, KeyboardInterrupt])
+def test_a_model_that_fails_while_recomputing(store, llama, error):
+    _, exact = saved(store, llama)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise error("in the middle")
+
+    with reopened(store, llama, "uniform") as cache:
+        hook = llama.model.layers[1].mlp.register_forward_pre_hook(fail)
+        try:
+            if error is KeyboardInterrupt:
+                with pytest.raises(KeyboardInterrupt):
+                    next_logits(llama, cache)
+            logits = next_logits(llama, cache)
+        finally:
+            hook.remove()
+        report = cache.restore_report
+        assert cache.n_tokens == N_HISTORY + 7
+    assert torch.equal(logits, expected)
+    assert set(report.n_recomputed_by_layer) == {0}
+    assert error is KeyboardInterrupt or "in the middle" in report.reason
+    assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
+
+
+def damage(store, layer):
+    """Flip a byte in the last block of a layer's keys."""
+    files = store.files("chat")
+    manifest = files.read_manifest()
+    fd, entries = files.open_segment(manifest.segments[0], manifest)
+    os.close(fd)
+    entry = max((e for e in entries if e.holds(layer, 0)), key=lambda e: e.token_start)
+    path = os.path.join(files.path, manifest.segments[0].file)
+    with open(path, "r+b") as file:
+        file.seek(entry.offset + 20)
+        byte = file.read(1)[0]
+        file.seek(entry.offset + 20)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+@pytest.mark.parametrize("restore", ["uniform", "pyramid", "load"])
+def test_a_bad_block_met_half_way(store, llama, restore):
+    _, exact = saved(store, llama)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    damage(store, 1)
+    with reopened(store, llama, restore) as cache:
+        logits = next_logits(llama, cache)
+        report = cache.restore_report
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert report.n_recomputed_by_layer[1] == N_HISTORY
+    assert "could not be read" in report.reason
+    assert "layer 1" in report.reason
+
+
+def test_a_store_that_stalls_half_way_is_given_up(store, llama):
+    _, exact = saved(store, llama)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    knows(store, llama, 1e-5, 1e9)
+    with reopened(store, llama, "load", max_read_bytes_per_s=1e6) as cache:
+        cache.source._restores[0].limit(1e-3)
+        start = time.perf_counter()
+        logits = next_logits(llama, cache)
+        assert time.perf_counter() - start < 15
+        report = cache.restore_report
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert "recomputing takes about" in report.reason
+    assert max(report.n_recomputed_by_layer) == N_HISTORY
+
+
+def test_a_store_that_becomes_slower_but_not_slower_than_recomputing(store, llama):
+    saved(store, llama)
+    knows(store, llama, 1.0, 1e9)
+    with reopened(store, llama, "load", max_read_bytes_per_s=1e8) as cache:
+        cache.source._restores[0].limit(1e6)
+        next_logits(llama, cache)
+        assert set(cache.restore_report.n_recomputed_by_layer) == {0}
+
+
+def test_a_segment_that_is_cut_short_half_way(store, llama):
+    _, exact = saved(store, llama)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    files = store.files("chat")
+    path = os.path.join(files.path, files.read_manifest().segments[0].file)
+    with reopened(store, llama, "load", max_read_bytes_per_s=2e6) as cache:
+        os.truncate(path, os.path.getsize(path) // 3)
+        logits = next_logits(llama, cache)
+        report = cache.restore_report
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert max(report.n_recomputed_by_layer) == N_HISTORY
+
+
+@pytest.mark.parametrize("restore", ["load", "uniform"])
+def test_closing_half_way_leaves_nothing_behind(store, llama, restore):
+    saved(store, llama)
+    gc.collect()
+    n_files, n_threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    n_tasks = len(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        cache = reopened(store, llama, restore, max_read_bytes_per_s=1e5)
+        start = time.perf_counter()
+        cache.close()
+        assert time.perf_counter() - start < 2
+    del cache
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == n_files
+    assert threading.active_count() == n_threads
+    assert len(os.listdir("/proc/self/task")) <= n_tasks
+
+
+def test_reading_beside_the_model_by_another_thread(store, llama):
+    _, exact = saved(store, llama)
+    with reopened(store, llama, "uniform", max_read_bytes_per_s=3e6) as cache:
+        found = []
+        other = threading.Thread(target=lambda: found.append(copy.deepcopy(cache)))
+        other.start()
+        cache.restore()
+        other.join()
+        for fork in (cache, found[0]):
+            for layer, wanted in zip(fork.layers, exact.layers, strict=True):
+                scale = wanted.keys.abs().max()
+                assert (layer.keys - wanted.keys).abs().max() <= 1e-5 * scale
