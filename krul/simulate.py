@@ -207,7 +207,7 @@ class Scenario:
 
 
 class Event(NamedTuple):
-    """Something that took time: recompute, load, decode, project or prompt; worker -1: the model."""
+    """What took time: recompute, load, decode, project or prompt; worker -1 is the model."""
 
     action: str
     layer: int
