@@ -12,13 +12,11 @@ waits for that layer, and whatever needs only its length (masks, positions) does
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copy
 import dataclasses
 import inspect
 import math
 import os
-import sys
 import threading
 import time
 import warnings
@@ -38,11 +36,11 @@ from .layer import (
     crop_sliding,
     is_sliding,
     length_after_crop,
-    outside_autograd,
     set_sliding_state,
     sliding_n_held,
     sliding_state,
 )
+from .model import run_apart
 from .recompute import recompute_prefix
 from .reports import RestoreReport, SaveReport
 from .settings import Settings
@@ -849,21 +847,15 @@ class Cache(DynamicCache):
                 if mask is not None:
                     inputs["attention_mask"] = mask[:, :end].to(device, torch.int64)
                 if positions is not None and "position_ids" in accepted:
-                    inputs["position_ids"] = positions[..., start:end].to(device)
+                    # A copy: xglm of transformers 4 adds to what it is given, in place.
+                    inputs["position_ids"] = positions[..., start:end].clone().to(device)
                 if "logits_to_keep" in accepted:
                     inputs["logits_to_keep"] = 1
                 if "cache_position" in accepted:
                     inputs["cache_position"] = torch.arange(start, end, device=device)
                 model(**inputs)
 
-        with (
-            outside_autograd(),
-            torch.autocast(device_type=device.type, enabled=False),
-            _unobserved(),
-        ):
-            # In a context of its own: this may run inside another forward pass of the same model,
-            # whose recording of hidden states and attentions must not see it.
-            contextvars.Context().run(run)
+        run_apart(run, device)
         return plain
 
     def _take_all(self, plain: DynamicCache) -> None:
@@ -1195,17 +1187,3 @@ def _yield_processors() -> None:
     """Let every other thread go first; the threads that this one starts inherit that."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SAVE_NICENESS)
-
-
-@contextlib.contextmanager
-def _unobserved() -> Any:
-    """Keep forward passes in this block from an estimator that watches this thread."""
-    observe = sys.modules.get("krul.observe")
-    if observe is None:
-        yield
-        return
-    observe.push(None)
-    try:
-        yield
-    finally:
-        observe.pop()

@@ -19,7 +19,7 @@ import transformers
 
 from .cache import Cache
 from .errors import ShapeError, UnsupportedModelError
-from .model import generation_model
+from .model import PAD_POSITION, generation_model
 
 __all__ = ["Handle", "attach"]
 
@@ -27,9 +27,6 @@ _TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[
 
 # Before this version a chunked prefill feeds the cached tokens again.
 _CHUNKED_PREFILL_CONTINUES = (5, 23)
-
-# What generate() gives to padding.
-_PAD_POSITION = 0 if _TRANSFORMERS >= (5, 0) else 1
 
 _ATTRIBUTE = "_krul_attachment"
 
@@ -507,7 +504,7 @@ class _GenerateCall:
             if mask is not None:
                 inputs["attention_mask"] = mask[:, :end]
                 if "position_ids" in accepted:
-                    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, _PAD_POSITION)
+                    positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, PAD_POSITION)
                     inputs["position_ids"] = positions[:, start:end]
             if "cache_position" in accepted:
                 inputs["cache_position"] = torch.arange(start, end, device=ids.device)

@@ -8,7 +8,9 @@ tells which model it is; what the two need to run a model without leaving a trac
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,8 +22,10 @@ from transformers import DynamicCache, GenerationMixin
 from transformers import cache_utils as _cache_utils
 
 from .errors import UnsupportedModelError
+from .layer import outside_autograd
 
 __all__ = [
+    "PAD_POSITION",
     "SLIDING",
     "Recorder",
     "cache_layers",
@@ -33,14 +37,19 @@ __all__ = [
     "layer_classes",
     "own_layers",
     "remember",
+    "run_apart",
     "run_decoder",
     "short_prompt",
     "support",
     "text_config",
     "undisturbed",
+    "unobserved",
 ]
 
 _TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+# The position that generate() gives to padding.
+PAD_POSITION = 0 if _TRANSFORMERS >= (5, 0) else 1
 
 # Layers without storage of their own; transformers up to 5.17 leaves them out of the cache instead.
 _DummyLayer: type | None = getattr(_cache_utils, "DummyLayer", None)
@@ -368,6 +377,35 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Keep forward passes in this block from an estimator that watches this thread."""
+    observe = sys.modules.get("krul.observe")
+    if observe is None:
+        yield
+        return
+    observe.push(None)
+    try:
+        yield
+    finally:
+        observe.pop()
+
+
+def run_apart(function: Callable[[], None], device: torch.device) -> None:
+    """Run `function`, which runs a model, so that nothing around the call has a part in it.
+
+    No gradients, no inference mode, no autocast on `device`, no estimator. It has a context of its
+    own, because this may happen inside another forward pass of the same model, whose recording of
+    hidden states and attentions must not see it.
+    """
+    with (
+        outside_autograd(),
+        torch.autocast(device_type=device.type, enabled=False),
+        unobserved(),
+    ):
+        contextvars.Context().run(function)
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

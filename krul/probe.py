@@ -23,11 +23,14 @@ from .model import (
     text_config,
     undisturbed,
 )
+from .recompute import recompute_prefix
 
 __all__ = ["Capabilities", "examine", "probe"]
 
 _N_PROBE_TOKENS = 24
 _N_HEAD_TOKENS = 12
+# Of the deepest layer where each is recomputed for fewer tokens than the one below.
+_N_FEWEST_TOKENS = 5
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,15 @@ class Capabilities:
         The queries of every layer can be seen while the model runs.
     recompute : str or None
         Running the model over a prefix gives the K and V that the cache holds for it.
+    partial : str or None
+        So does running each layer over a shorter prefix than the layer below it, whole or in
+        chunks: `krul.recompute.recompute_prefix`. Never None where `recompute` is not.
     """
 
     cache: str | None = None
     observe: str | None = None
     recompute: str | None = None
+    partial: str | None = None
 
 
 def _tolerance(tensor: torch.Tensor) -> float:
@@ -79,8 +86,9 @@ def _is_alike(left: torch.Tensor, right: torch.Tensor) -> tuple[bool, float]:
 def probe(model: Any) -> Capabilities:
     """Find out by trying what works with `model`.
 
-    Three forwards of 12 to 24 tokens: whole, its head, and its tail on a copy of the head's cache.
-    The second call for an unchanged model object costs no forward.
+    Three forwards of 12 to 24 tokens: whole, its head, and its tail on a copy of the head's cache;
+    then one to see the queries, and two of fewer and fewer tokens by layer. The second call for an
+    unchanged model object costs no forward.
 
     Parameters
     ----------
@@ -95,7 +103,7 @@ def probe(model: Any) -> Capabilities:
     """
     reason = support(model)
     if reason is not None:
-        return Capabilities(reason, reason, reason)
+        return Capabilities(reason, reason, reason, reason)
     inner = generation_model(model)
     return _probe_once(inner, exact_parts(inner)[1])
 
@@ -144,7 +152,7 @@ def _probe(model: torch.nn.Module) -> Capabilities:
         except Exception as error:  # whatever the model raises is its answer
             reason = f"the model fails on a short prompt: {type(error).__name__}: {error}"
         if reason is not None:
-            return Capabilities(reason, reason, reason)
+            return Capabilities(reason, reason, reason, reason)
 
         recompute = _prefix(whole, head, wanted)
         cache = None
@@ -161,7 +169,9 @@ def _probe(model: torch.nn.Module) -> Capabilities:
                         f"cache differs ({recompute})"
                     )
         observe = cache if cache is not None else _observe(model, decoder, ids, wanted)
-    return Capabilities(cache, observe, cache if cache is not None else recompute)
+        recompute = cache if cache is not None else recompute
+        partial = recompute if recompute is not None else _steps(model, ids, whole, wanted)
+    return Capabilities(cache, observe, recompute, partial)
 
 
 def _arrival(cache: Recorder, wanted: set[int], n_tokens: int, n_before: int = 0) -> str | None:
@@ -240,3 +250,39 @@ def _observe(
         return str(error)
     missing = sorted(wanted - set(seen))
     return f"the attention of layers {missing} was not seen" if missing else None
+
+
+def _steps(
+    model: torch.nn.Module, ids: torch.Tensor, whole: Recorder, wanted: set[int]
+) -> str | None:
+    """Say whether K and V come out otherwise when each layer sees fewer tokens than the one below.
+
+    From all tokens but one at the first layer down to a few at the deepest, whole and in two
+    chunks, so that layers end within either chunk.
+    """
+    deepest = max(wanted)
+    n_drop = _N_PROBE_TOKENS - 1 - _N_FEWEST_TOKENS
+    n_by_layer = [0] * len(decoder_layers(model)[1])
+    for layer in range(deepest + 1):
+        n_by_layer[layer] = _N_PROBE_TOKENS - 1 - n_drop * layer // max(1, deepest)
+    for chunk_tokens in (_N_PROBE_TOKENS, _N_HEAD_TOKENS):
+        expected = {layer: whole.key_value(layer) for layer in wanted}
+        found = {
+            layer: (torch.full_like(keys, math.nan), torch.full_like(values, math.nan))
+            for layer, (keys, values) in expected.items()
+        }
+        try:
+            recompute_prefix(model, ids, n_by_layer, found, chunk_tokens=chunk_tokens)
+        except Exception as error:  # whatever the model raises is its answer
+            reason = str(error) if isinstance(error, UnsupportedModelError) else repr(error)
+            return f"layers cannot be recomputed for different numbers of tokens: {reason}"
+        for layer in sorted(wanted):
+            n_tokens = n_by_layer[layer]
+            for name, left, right in zip("KV", expected[layer], found[layer], strict=True):
+                alike, distance = _is_alike(left[..., :n_tokens, :], right[..., :n_tokens, :])
+                if not alike:
+                    return (
+                        f"{name} of layer {layer} is {distance:.1e} away when layers are "
+                        f"recomputed for different numbers of tokens, {chunk_tokens} at once"
+                    )
+    return None

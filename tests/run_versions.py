@@ -33,6 +33,7 @@ TESTS = [
     "test_attach.py",
     "test_generate.py",
     "test_observe.py",
+    "test_recompute.py",
 ]
 
 # Families whose parameters or KV transformers itself has rearranged, so that no fingerprint can be

@@ -105,7 +105,7 @@ def test_refused_family(name):
     model = models.tiny(name)
     reason = ask.support(model)
     assert type(model).__name__ in reason
-    assert probing.probe(model) == probing.Capabilities(reason, reason, reason)
+    assert probing.probe(model) == probing.Capabilities(*[reason] * 4)
     with pytest.raises(UnsupportedModelError, match=type(model).__name__):
         prints.fingerprint(model)
 
