@@ -787,34 +787,6 @@ class Cache(DynamicCache):
             f"they could not be read: {error}"
         )
 
-    def recompute(self, reason: str) -> None:
-        """Fill every layer by running the model over the tokens that `record_history` named.
-
-        Parameters
-        ----------
-        reason : str
-            Why, for the report.
-
-        Raises
-        ------
-        ValueError
-            The tokens are unknown, or there is no model that could do it.
-        """
-        if self._history is None:
-            raise ValueError(f"the history cannot be recomputed: {self._lost_reason}")
-        n_tokens = self._history.n_tokens
-        blocker = self._why_not_recompute(n_tokens)
-        if blocker:
-            raise ValueError(f"the history cannot be recomputed: {blocker}")
-        start = time.perf_counter()
-        plain = self._run_history(n_tokens)
-        self._take_all(plain)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, KrulLayer) or is_sliding(layer):
-                self._n_recomputed[index] = n_tokens
-        self._notes.append(f"recomputed {n_tokens} tokens: {reason}")
-        self._wait_s += time.perf_counter() - start
-
     def _why_not_recompute(self, n_tokens: int) -> str:
         if self._history is None:
             return f"its tokens are unknown: {self._lost_reason}"

@@ -198,7 +198,6 @@ class _Arrival:
             self.n_tokens = source.n_tokens
             if self.n_tokens:
                 self.buffers = source.buffers()
-            if self.n_tokens and settings.restore != "recompute":
                 source.start(self.buffers)
         except BaseException:
             source.close()
@@ -234,8 +233,4 @@ class _Arrival:
         for layer, (keys, values) in self.windows.items():
             cache.set_window(layer, keys, values, n_tokens)
         cache.mark_saved(manifest.generation, source.segments)
-        if self.settings.restore == "recompute":
-            source.close()
-            cache.recompute("settings ask for it")
-            return
         cache.begin_restore(source, list(self.buffers))

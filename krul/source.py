@@ -117,6 +117,7 @@ class Source:
         self.problems: list[str] = []
         self._restores: list[_core.Restore] = []
         self._steps: list[_Step] = []
+        self._begun: list[_Step] = []  # those of the first restore, in its order
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
         self._opened = time.perf_counter()
         self._open_s = self._recompute_s = 0.0
@@ -208,7 +209,8 @@ class Source:
     def start(self, buffers: dict[int, KeysAndValues]) -> None:
         """Start filling the buffers of the full layers.
 
-        Shallow layers come first; what will probably be recomputed comes after everything else.
+        Shallow layers come first; what will probably be recomputed comes after everything else, and
+        is not read at all where that is everything.
         """
         steps = [
             step
@@ -223,13 +225,15 @@ class Source:
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
         steps.sort(key=lambda step: all(step.token_end <= expected[x] for x in step.layers))
-        self._submit(steps)
+        if self.settings.restore != "recompute":
+            self._begun = steps
+        self._begin([(step.fd, None, step.entry, step.views) for step in self._begun])
         self._open_s = time.perf_counter() - self._opened
 
-    def _submit(self, steps: list[_Step]) -> None:
+    def _begin(self, steps: list[Any]) -> None:
         self._restores.append(
             _core.Restore(
-                [(step.fd, None, step.entry, step.views) for step in steps],
+                steps,
                 len(self.manifest.layers),
                 self.settings.n_threads,
                 max_bytes_per_s=self.settings.max_read_bytes_per_s,
@@ -267,6 +271,8 @@ class Source:
         self._reason = self._plan.reason
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
         if not any(n_by_layer):
+            if not self._begun:
+                self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
             self._settle()
             return
         for layer, n in enumerate(n_by_layer):
@@ -293,9 +299,7 @@ class Source:
             )
             if any(view is not None for view in views):
                 again.append((step.fd, None, step.entry, views))
-        self._restores.append(
-            _core.Restore(again, len(self.manifest.layers), self.settings.n_threads)
-        )
+        self._begin(again)
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
         """Round down to where the blocks of every full layer begin: a block is read whole."""
@@ -336,13 +340,11 @@ class Source:
         n_layers = len(self.manifest.layers)
         read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
         n_threads = self.settings.n_threads or os.cpu_count() or 1
-        is_done = (
-            self._restores[0].trace()[:, 0] >= 0
-            if self._restores
-            else np.zeros(len(self._steps), bool)
-        )
-        for step, done in zip(self._steps, is_done, strict=True):
-            if done or step.token_start >= self._n_tokens:
+        done = set()
+        if self._restores:
+            done = set(np.flatnonzero(self._restores[0].trace()[:, 0] >= 0).tolist())
+        for index, step in enumerate(self._steps):
+            if (index in done and self._begun) or step.token_start >= self._n_tokens:
                 continue
             rate = self.costs.decode_bytes_per_s(step.codec) or _UNKNOWN_DECODE_BYTES_PER_S
             read_s[step.layers[0]] += step.payload_bytes / read_rate
@@ -493,7 +495,7 @@ class Source:
                 "end_s": end_s,
             }
             for step, (worker, begin_s, read_s, end_s) in zip(
-                self._steps, self._restores[0].trace().tolist(), strict=True
+                self._begun, self._restores[0].trace().tolist(), strict=True
             )
             if worker >= 0
         ]

@@ -668,19 +668,6 @@ def test_why_a_history_cannot_be_recomputed(llama, change, words):
         llama.eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
-def test_a_whole_history_from_its_tokens(name):
-    model = model_of(name)
-    with krul.attach(model, observe=False):
-        ids, new, cache = models.token_ids(1, 20), models.token_ids(5, 4), Cache(model=model)
-        cache.record_history(ids)
-        cache.recompute("the caller wished so")
-        assert cache.n_tokens == 20
-        assert_close(run(model, new, cache), continued(model, torch.cat([ids, new], 1)))
-        assert "recomputed 20 tokens: the caller wished so" in cache.restore_report.reason
-        assert sum(cache.restore_report.n_recomputed_by_layer) == 20 * N_LAYERS
-
-
 def test_a_restore_is_dropped_by_reset_and_by_close(llama):
     for end in (Cache.reset, Cache.close):
         cache, source, _ = restored(llama, is_held=True)

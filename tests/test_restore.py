@@ -408,7 +408,10 @@ def test_recompute_instead_of_loading(store, llama):
         cache.save()
         keys = cache.layers[2].keys.clone()
     with store.open("chat", llama, settings=anything("exact", restore="recompute")) as cache:
+        cache.restore()
         assert cache.restore_report.n_recomputed_by_layer == (out.shape[1] - 1,) * models.N_LAYERS
+        assert cache.restore_report.loaded_bytes == 0
+        assert cache.restore_report.plan == "recompute"
         torch.testing.assert_close(cache.layers[2].keys, keys, rtol=1e-4, atol=1e-5)
 
 

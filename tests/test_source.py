@@ -44,8 +44,12 @@ def saved(store, model, n_tokens=N_HISTORY, n_batch=1, codec="exact", mask=None)
     return ids, exact
 
 
-def reopened(store, model, restore, **changes):
-    return store.open("chat", model, settings=krul.Settings(restore=restore, **changes))
+def reopened(store, model, restore, max_read_bytes_per_s=1e7):
+    """Open it from a store that is, as far as is known, about as fast as the model."""
+    if restore != "auto":
+        knows(store, model, 1e-4, 1e9)
+    settings = krul.Settings(restore=restore, max_read_bytes_per_s=max_read_bytes_per_s)
+    return store.open("chat", model, settings=settings)
 
 
 @torch.no_grad()
@@ -72,13 +76,13 @@ def knows(store, model, forward_s_per_token, read_bytes_per_s):
 
 
 @pytest.mark.parametrize("restore", MIXED)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "olmo2", "mixtral"])
 def test_what_is_recomputed_equals_what_was_stored(store, name, restore):
     model = models.tiny(name)
     _, exact = saved(store, model)
     with krul.attach(model, observe=False):
         expected = next_logits(model, exact)
-    with reopened(store, model, restore, max_read_bytes_per_s=1e9) as cache:
+    with reopened(store, model, restore) as cache:
         logits = next_logits(model, cache)
         report = cache.restore_report
         # Tiny float32 models; products of other shapes add in another order.
@@ -111,7 +115,7 @@ def test_left_padding(store, llama):
 
 def test_lossy_codecs_are_exact_where_they_are_recomputed(store, llama):
     _, exact = saved(store, llama, codec="int4")
-    with reopened(store, llama, "uniform") as cache:
+    with reopened(store, llama, "uniform", max_read_bytes_per_s=2e6) as cache:
         next_logits(llama, cache)
         n = cache.restore_report.n_recomputed_by_layer[0]
         assert n in (516, 1028)
@@ -181,9 +185,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(
 ):
     saved(store, llama)
     knows(store, llama, forward_s_per_token, read_bytes_per_s)
-    # Held up, so that this restore's own rate is not known when it is planned.
     with reopened(store, llama, "auto", max_read_bytes_per_s=read_bytes_per_s) as cache:
-        cache.source._restores[0].limit(0)
         next_logits(llama, cache)
         report = cache.restore_report
     assert report.plan in plans
@@ -284,8 +286,8 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
     _, exact = saved(store, llama)
     with krul.attach(llama, observe=False):
         expected = next_logits(llama, exact)
-    knows(store, llama, 1e-5, 1e9)
     with reopened(store, llama, "load", max_read_bytes_per_s=1e6) as cache:
+        knows(store, llama, 1e-5, 1e9)
         cache.source._restores[0].limit(1e-3)
         start = time.perf_counter()
         logits = next_logits(llama, cache)
@@ -298,8 +300,8 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
 
 def test_a_store_that_becomes_slower_but_not_slower_than_recomputing(store, llama):
     saved(store, llama)
-    knows(store, llama, 1.0, 1e9)
     with reopened(store, llama, "load", max_read_bytes_per_s=1e8) as cache:
+        knows(store, llama, 1.0, 1e9)
         cache.source._restores[0].limit(1e6)
         next_logits(llama, cache)
         assert set(cache.restore_report.n_recomputed_by_layer) == {0}
