@@ -338,9 +338,7 @@ def plan(
     )
 
 
-def predict(
-    costs: Costs, n_tokens: int, n_prompt_tokens: int, n_recomputed_by_layer: Any
-) -> float:
+def predict(costs: Costs, n_tokens: int, n_prompt_tokens: int, n_recomputed_by_layer: Any) -> float:
     """Return the predicted seconds until the first new token for a plan of one's own.
 
     Parameters
