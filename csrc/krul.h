@@ -448,7 +448,7 @@ krul_status krul_store_write(int directory_fd, const char *name, krul_store_kind
 typedef enum krul_restore_shape {
     KRUL_RESTORE_SHAPE_AUTO = 0, /* the best of all below */
     KRUL_RESTORE_SHAPE_LOAD = 1, /* n_l is n_required */
-    KRUL_RESTORE_SHAPE_RECOMPUTE = 2, /* n_l is as much as may be recomputed */
+    KRUL_RESTORE_SHAPE_RECOMPUTE = 2, /* n_l is as much as may be, and helps to be, recomputed */
     KRUL_RESTORE_SHAPE_UNIFORM = 3, /* one number for all layers */
     KRUL_RESTORE_SHAPE_PYRAMID = 4, /* the paper's: falls linearly with depth */
     KRUL_RESTORE_SHAPE_STEP = 5, /* one number for the first layers, a smaller one for the rest */
@@ -480,7 +480,8 @@ typedef struct krul_restore_plan {
     double predicted_s; /* until the first token */
     double load_s; /* the same for KRUL_RESTORE_SHAPE_LOAD */
     double recompute_s; /* and for KRUL_RESTORE_SHAPE_RECOMPUTE */
-    double bound_s; /* no n_l of any shape, whole tokens or not, is faster */
+    double bound_s; /* no n_recomputed at all is faster: the best of any real numbers, were no layer
+                     * needed before the last and n_l free to grow with depth */
 } krul_restore_plan;
 
 typedef enum krul_restore_action {
@@ -504,10 +505,12 @@ typedef struct krul_restore_plan_step {
 krul_status krul_restore_plan_predict(const krul_restore_costs *costs, const int64_t *n_recomputed,
                                       double *out, krul_error *err) KRUL_MUST_CHECK;
 
-/* The best plan of a shape. AUTO is never predicted slower than LOAD or RECOMPUTE; a plan that
- * recomputes more must be faster by one part in 10^9. Up to 24 layers and multiples of granularity
- * every candidate is tried; beyond, each number is found by golden section, which is right where
- * time is convex in it: nearly so but for overheads and large blocks. */
+/* The best plan of a shape. AUTO is never predicted slower than LOAD or RECOMPUTE, but for the one
+ * part in 10^9 by which a plan that recomputes more must be faster. Of the multiples of granularity
+ * that end in one block only the least is a candidate: more would load the same. Up to 24 layers and
+ * 24 candidates for a layer every plan of a shape is tried; beyond, token counts are found by
+ * Fibonacci search, as if time were convex in them, which overheads and short histories disturb, and
+ * STEP's first layers by looking at up to 64 splits. */
 krul_status krul_restore_plan_choose(const krul_restore_costs *costs, krul_restore_shape shape,
                                      krul_restore_plan *out, krul_error *err) KRUL_MUST_CHECK;
 

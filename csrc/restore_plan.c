@@ -3,6 +3,7 @@
  * A candidate is at most three numbers, and its time is one pass over the layers: `predict` is all
  * that is known of the model of time, for the search, the report and the tests. The search is one
  * function too, used inside itself for each number. */
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,15 +16,17 @@ static const double MAX_COST = 1e12;
 /* A plan that recomputes more must be faster by this part: rounding is no reason to recompute. */
 static const double MARGIN = 1e-9;
 
-/* Longest range of a number that is tried whole. */
-enum { MAX_SCANNED = 24 };
+enum {
+    MAX_SCANNED = 24, /* values of a number that are all tried */
+    MAX_SPLITS = 64, /* of the layers into first ones and others, that are looked at beyond */
+};
 
-/* A plan before its layers are written out; levels count multiples of granularity. */
+/* A plan before its layers are written out; what a level is stands at level_tokens. */
 typedef struct plan_candidate {
     krul_restore_shape shape;
     int64_t first_level; /* of the first layers */
     int64_t last_level; /* of the last layer: with STEP, of all after n_first_layers */
-    int64_t n_first_layers; /* STEP only */
+    int32_t n_first_layers; /* STEP only */
     int64_t n_recomputed; /* tokens of all layers */
     double predicted_s;
 } plan_candidate;
@@ -31,13 +34,28 @@ typedef struct plan_candidate {
 /* What the search looks at over and over. */
 typedef struct planner_state {
     const krul_restore_costs *costs;
-    int64_t granularity; /* at most n_tokens */
+    int64_t granularity; /* at most n_tokens, as are the next two */
+    int64_t level_spacing; /* tokens of a block, or granularity if that is larger */
+    int64_t first_spacing; /* the same of the first block */
     int64_t top_level; /* of n_recomputable */
     double *load_s; /* n_layers: of a whole layer, decoding included where that overlaps */
     double *prompt_s; /* n_layers + 1: the prompt's pass from a layer to the end */
     int64_t *n_recomputed; /* n_layers: scratch of the candidate that is looked at */
     plan_candidate best;
 } planner_state;
+
+/* fmax and fmin are calls, because of NaN; there is none here. */
+static inline double
+larger(double left, double right)
+{
+    return left > right ? left : right;
+}
+
+static inline double
+smaller(double left, double right)
+{
+    return left < right ? left : right;
+}
 
 /* ---- validation ------------------------------------------------------------------------------ */
 
@@ -178,40 +196,45 @@ predict(const planner_state *planner, const int64_t *n_recomputed)
         work_s += layer_recompute_s(costs, l, (double)n) + fraction * layer_decode_s(costs, l);
         if (fraction > 0) {
             load_end_s += fraction * planner->load_s[l];
-            loads_s = fmax(loads_s, load_end_s + planner->prompt_s[l]);
+            loads_s = larger(loads_s, load_end_s + planner->prompt_s[l]);
         }
     }
-    return fmax(work_s, loads_s);
+    return larger(work_s, loads_s);
 }
 
 /* ---- candidates ------------------------------------------------------------------------------ */
 
+/* Levels are the token counts that are worth a trial: of the multiples of granularity that end in
+ * one block only the least, because the rest recompute more and load the same; and all of the
+ * history. Returns how many tokens a level is. */
 static int64_t
 level_tokens(const planner_state *planner, int64_t level)
 {
-    return krul_min_i64(level * planner->granularity, planner->costs->n_tokens);
+    if (level == 0) {
+        return 0;
+    }
+    int64_t granularity = planner->granularity;
+    int64_t block_start = planner->first_spacing + (level - 1) * planner->level_spacing;
+    int64_t n_rounded_up = (block_start + granularity - 1) / granularity * granularity;
+    return krul_min_i64(n_rounded_up, planner->costs->n_tokens);
 }
 
-/* The line from first to last, rounded down to granularity: its numerator over (n_layers - 1) is
- * carried as a quotient and a remainder, because a division per layer would take half the time. */
+/* The last level of at most n_tokens, which is below the whole history. */
+static int64_t
+level_of(const planner_state *planner, int64_t n_tokens)
+{
+    int64_t n_behind = n_tokens - n_tokens % planner->granularity - planner->first_spacing;
+    return n_behind < 0 ? 0 : 1 + n_behind / planner->level_spacing;
+}
+
+/* The line from the first level to the last, rounded down. */
 static void
-fill_ramp(const planner_state *planner, int64_t first, int64_t last, int64_t *out)
+fill_ramp(const planner_state *planner, const plan_candidate *candidate, int64_t *out)
 {
     int64_t n_gaps = krul_max_i64(planner->costs->n_layers - 1, 1);
-    int64_t divisor = n_gaps * planner->granularity;
-    int64_t quotient = first * n_gaps / divisor;
-    int64_t remainder = first * n_gaps % divisor;
-    int64_t quotient_fall = (first - last) / divisor;
-    int64_t remainder_fall = (first - last) % divisor;
+    int64_t fall = candidate->first_level - candidate->last_level;
     for (int32_t l = 0; l < planner->costs->n_layers; l++) {
-        /* all of the history need not be a multiple of granularity */
-        out[l] = l == 0 || first == last ? first : quotient * planner->granularity;
-        quotient -= quotient_fall;
-        remainder -= remainder_fall;
-        if (remainder < 0) {
-            remainder += divisor;
-            quotient--;
-        }
+        out[l] = level_tokens(planner, (candidate->first_level * n_gaps - fall * l) / n_gaps);
     }
 }
 
@@ -220,20 +243,27 @@ static int64_t
 fill(const planner_state *planner, const plan_candidate *candidate)
 {
     int64_t *out = planner->n_recomputed;
+    int32_t n_layers = planner->costs->n_layers;
     const int64_t *n_required = planner->costs->n_required;
-    int64_t first = level_tokens(planner, candidate->first_level);
-    int64_t last = level_tokens(planner, candidate->last_level);
     int64_t n_total = 0;
     if (candidate->shape == KRUL_RESTORE_SHAPE_PYRAMID) {
-        fill_ramp(planner, first, last, out);
+        fill_ramp(planner, candidate, out);
     }
     else {
-        for (int32_t l = 0; l < planner->costs->n_layers; l++) {
-            out[l] = l < candidate->n_first_layers ? first : last;
+        int64_t first = level_tokens(planner, candidate->first_level);
+        int64_t last = level_tokens(planner, candidate->last_level);
+        int32_t l = 0;
+        for (; l < candidate->n_first_layers; l++) {
+            out[l] = first;
+        }
+        for (; l < n_layers; l++) {
+            out[l] = last;
         }
     }
-    for (int32_t l = 0; l < planner->costs->n_layers; l++) {
-        out[l] = n_required == NULL ? out[l] : krul_max_i64(out[l], n_required[l]);
+    for (int32_t l = 0; n_required != NULL && l < n_layers; l++) {
+        out[l] = krul_max_i64(out[l], n_required[l]);
+    }
+    for (int32_t l = 0; l < n_layers; l++) {
         n_total += out[l];
     }
     return n_total;
@@ -271,11 +301,11 @@ search(planner_state *planner, plan_candidate *candidate, try_number try, int64_
     double least_s = INFINITY;
     if (high - low < MAX_SCANNED) {
         for (int64_t value = low; value <= high; value++) {
-            least_s = fmin(least_s, try(planner, candidate, value));
+            least_s = smaller(least_s, try(planner, candidate, value));
         }
         return least_s;
     }
-    least_s = fmin(try(planner, candidate, low), try(planner, candidate, high));
+    least_s = smaller(try(planner, candidate, low), try(planner, candidate, high));
     int64_t shorter = 1, longer = 1; /* neighbouring Fibonacci numbers, their sum the range */
     while (shorter + longer < high - low) {
         longer += shorter;
@@ -283,20 +313,20 @@ search(planner_state *planner, plan_candidate *candidate, try_number try, int64_
     }
     double left_s = try(planner, candidate, low + shorter);
     double right_s = try(planner, candidate, low + longer);
-    least_s = fmin(least_s, fmin(left_s, right_s));
+    least_s = smaller(least_s, smaller(left_s, right_s));
     while (longer > shorter) {
         int64_t next = longer - shorter;
         if (left_s <= right_s) {
             right_s = left_s;
             left_s = try(planner, candidate, low + next);
-            least_s = fmin(least_s, left_s);
+            least_s = smaller(least_s, left_s);
         }
         else {
             low += shorter;
             left_s = right_s;
             /* the Fibonacci number may be larger than the range was */
             right_s = low + shorter < high ? try(planner, candidate, low + shorter) : INFINITY;
-            least_s = fmin(least_s, right_s);
+            least_s = smaller(least_s, right_s);
         }
         longer = shorter;
         shorter = next;
@@ -326,10 +356,48 @@ try_first_level(planner_state *planner, plan_candidate *candidate, int64_t value
 }
 
 static double
+try_first_level_alone(planner_state *planner, plan_candidate *candidate, int64_t value)
+{
+    candidate->first_level = value;
+    return consider(planner, candidate);
+}
+
+static double
 try_n_first_layers(planner_state *planner, plan_candidate *candidate, int64_t value)
 {
-    candidate->n_first_layers = value;
+    candidate->n_first_layers = (int32_t)value;
     return search(planner, candidate, try_first_level, 0, planner->top_level);
+}
+
+/* Time is anything but convex in n_first_layers. Splits are looked at with the first layers
+ * recomputed whole, and with the rest loaded whole; the best of either kind is searched in full. */
+static double
+search_step(planner_state *planner, plan_candidate *candidate)
+{
+    int32_t n_layers = planner->costs->n_layers;
+    int32_t stride = 1 + (n_layers - 1) / MAX_SPLITS;
+    double least_s[2] = {INFINITY, INFINITY};
+    int32_t best[2] = {1, 1};
+    if (n_layers <= MAX_SCANNED) {
+        return search(planner, candidate, try_n_first_layers, 1, n_layers);
+    }
+    for (int32_t n = 1; n <= n_layers; n += stride) {
+        candidate->n_first_layers = n;
+        candidate->first_level = planner->top_level;
+        double whole_s = search(planner, candidate, try_last_level, 0, planner->top_level);
+        candidate->last_level = 0;
+        double loaded_s = search(planner, candidate, try_first_level_alone, 0, planner->top_level);
+        if (whole_s < least_s[0]) {
+            least_s[0] = whole_s;
+            best[0] = n;
+        }
+        if (loaded_s < least_s[1]) {
+            least_s[1] = loaded_s;
+            best[1] = n;
+        }
+    }
+    return smaller(try_n_first_layers(planner, candidate, best[0]),
+                   try_n_first_layers(planner, candidate, best[1]));
 }
 
 /* The least time of a shape's candidates; the best of all so far is in planner->best. */
@@ -346,7 +414,7 @@ search_shape(planner_state *planner, krul_restore_shape shape)
         case KRUL_RESTORE_SHAPE_PYRAMID:
             return search(planner, &candidate, try_first_level, 0, top_level);
         case KRUL_RESTORE_SHAPE_STEP:
-            return search(planner, &candidate, try_n_first_layers, 1, planner->costs->n_layers);
+            return search_step(planner, &candidate);
         default:
             return try_both_levels(planner, &candidate, 0);
     }
@@ -390,7 +458,8 @@ least_demand(const planner_state *planner, int32_t layer, double weight)
                              layer_decode_s(costs, layer) / n_tokens) -
                    (1 - weight) * planner->load_s[layer] / n_tokens;
     double curvature = 2 * weight * costs->quadratic_s_per_token2[layer];
-    double ends[] = {low, high, curvature > 0 ? fmin(fmax(-slope / curvature, low), high) : high};
+    double ends[] = {low, high,
+                     curvature > 0 ? smaller(larger(-slope / curvature, low), high) : high};
     plan_demand least = demand_at(planner, layer, ends[0]);
     for (size_t i = 1; i < KRUL_LENGTH(ends); i++) {
         plan_demand other = demand_at(planner, layer, ends[i]);
@@ -403,8 +472,12 @@ static double
 bound_s(const planner_state *planner)
 {
     int32_t n_layers = planner->costs->n_layers;
-    double bound = 0, low = 0, high = 1;
-    for (int i = 0; i < 53 && planner->costs->n_tokens > 0; i++) {
+    double bound = 0, low = 0, high = 1; /* the last two of the weight */
+    if (planner->costs->n_tokens == 0) {
+        return planner->prompt_s[0];
+    }
+    /* as often as a double can be halved from 1 */
+    for (int i = 0; i < DBL_MANT_DIG; i++) {
         double weight = (low + high) / 2;
         plan_demand total = {planner->prompt_s[0],
                              planner->costs->latency_s + planner->prompt_s[n_layers - 1]};
@@ -413,8 +486,14 @@ bound_s(const planner_state *planner)
             total.work_s += layer.work_s;
             total.load_s += layer.load_s;
         }
-        bound = fmax(bound, weighted_s(total, weight));
-        *(total.work_s > total.load_s ? &low : &high) = weight;
+        bound = larger(bound, weighted_s(total, weight));
+        /* the derivative in the weight: the bound is concave in it */
+        if (total.work_s > total.load_s) {
+            low = weight;
+        }
+        else {
+            high = weight;
+        }
     }
     return bound;
 }
@@ -435,12 +514,17 @@ planner_init(planner_state *out, const krul_restore_costs *costs, krul_error *er
     krul_status status = KRUL_STATUS_OK;
     KRUL_TRY(check_costs(costs, err));
     size_t n_layers = (size_t)costs->n_layers;
-    int64_t granularity = krul_min_i64(costs->granularity, krul_max_i64(costs->n_tokens, 1));
-    bool has_part = costs->n_recomputable == costs->n_tokens && costs->n_tokens % granularity != 0;
+    int64_t most = krul_max_i64(costs->n_tokens, 1);
+    int64_t granularity = krul_min_i64(costs->granularity, most);
+    bool has_blocks = costs->block_tokens > granularity;
+    int64_t level_spacing = has_blocks ? krul_min_i64(costs->block_tokens, most) : granularity;
     *out = (planner_state){
         .costs = costs,
         .granularity = granularity,
-        .top_level = costs->n_recomputable / granularity + has_part,
+        .level_spacing = level_spacing,
+        .first_spacing = has_blocks && costs->first_block_tokens > 0
+                             ? krul_min_i64(costs->first_block_tokens, most)
+                             : level_spacing,
         .load_s = calloc(n_layers, sizeof(double)),
         .prompt_s = calloc(n_layers + 1, sizeof(double)),
         .n_recomputed = calloc(n_layers, sizeof(int64_t)),
@@ -451,9 +535,12 @@ planner_init(planner_state *out, const krul_restore_costs *costs, krul_error *er
                            (int)costs->n_layers);
         goto done;
     }
+    out->top_level = costs->n_recomputable < costs->n_tokens
+                         ? level_of(out, costs->n_recomputable)
+                         : level_of(out, most - 1) + (costs->n_tokens > 0);
     for (int32_t l = costs->n_layers - 1; l >= 0; l--) {
         double overlapped_s = costs->decode_on_compute ? 0 : costs->decode_s[l];
-        out->load_s[l] = fmax(costs->read_s[l], overlapped_s);
+        out->load_s[l] = larger(costs->read_s[l], overlapped_s);
         out->prompt_s[l] = out->prompt_s[l + 1] + layer_prompt_s(costs, l);
     }
 
@@ -524,7 +611,7 @@ krul_restore_plan_choose(const krul_restore_costs *costs, krul_restore_shape sha
     out->load_s = load_s;
     out->recompute_s = recompute_s;
     /* without a load there is no latency, which the bound has paid */
-    out->bound_s = fmin(bound_s(&planner), fmin(recompute_s, out->predicted_s));
+    out->bound_s = smaller(bound_s(&planner), smaller(recompute_s, out->predicted_s));
 
 done:
     planner_close(&planner);
@@ -597,7 +684,7 @@ krul_restore_plan_steps(const krul_restore_costs *costs, const int64_t *n_recomp
             load_end_s += loaded_fraction(costs, n_recomputed[l]) * planner.load_s[l];
             step->end_s = load_end_s;
             step->deadline_s = first_token_s - planner.prompt_s[l];
-            prompt_end_s = fmax(prompt_end_s, load_end_s);
+            prompt_end_s = larger(prompt_end_s, load_end_s);
         }
         if (costs->n_prompt_tokens > 0) {
             step = append(steps_out, &n_steps, KRUL_RESTORE_ACTION_PROMPT, l, n_tokens,

@@ -5,12 +5,12 @@ section 4.3): the model runs over the first tokens while the channel brings the 
 predicts how long each way takes until the first new token, and chooses; what it knows of time is
 written at "restore plan" in ``csrc/krul.h``.
 
-The least time that any split can reach is `Plan.bound_s`. With equal linear layers it is the
-harmonic one, ``1 / (1 / recompute_s + 1 / load_s)``. A plan reaches it to within one multiple of
-`granularity` when there is no prompt: then no layer is needed before the last one. Otherwise it
-may lie behind by what pipelining costs: an early layer that the prompt's pass waits for, latency in
-which nothing is loaded, overhead that a short prefix pays in full, and blocks that can only be read
-whole.
+No split is faster than `Plan.bound_s`. With equal linear layers that is the harmonic time,
+``1 / (1 / recompute_s + 1 / load_s)``, and without a prompt a plan reaches it to within one multiple
+of `granularity`, for then no layer is needed before the last. Otherwise a plan may lie behind by
+what pipelining costs: an early layer that the prompt's pass waits for, overhead that a short prefix
+pays in full, blocks that can only be read whole, and, where layers differ, a dear layer above a
+cheap one, which cannot be recomputed alone.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Plan:
             self.n_prompt_tokens,
             np.array(self.n_recomputed_by_layer, np.int64),
         )
-        return [Step(_ACTIONS[action], *rest) for action, *rest in found]
+        return [Step(_ACTIONS[step[0]], *step[1:]) for step in found]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields but `costs` as plain JSON values."""
@@ -268,8 +268,8 @@ def plan(
     n_prompt_tokens : int
         New tokens that the model runs over after it; 0 plans for the history alone.
     shape : str
-        ``"load"`` recomputes nothing but `n_required`, ``"recompute"`` all, ``"uniform"`` as many
-        tokens in every layer, ``"pyramid"`` fewer the deeper the layer, ``"step"`` one number in
+        ``"load"`` recomputes nothing but `n_required`, ``"recompute"`` all that may be (but no part
+        of a block that is read nevertheless), ``"uniform"`` as many tokens in every layer, ``"pyramid"`` fewer the deeper the layer, ``"step"`` one number in
         the first layers and a smaller one in the rest; ``"auto"`` takes the best of these.
     granularity : int
         Numbers of recomputed tokens are multiples of it, or all.

@@ -111,7 +111,15 @@ def run_python(code):
 
 @pytest.mark.parametrize(
     "module",
-    ["krul", "krul.cli", "krul.compressor", "krul.estimator", "krul.selector", "krul.store"],
+    [
+        "krul",
+        "krul.cli",
+        "krul.compressor",
+        "krul.estimator",
+        "krul.plan",
+        "krul.selector",
+        "krul.store",
+    ],
 )
 def test_import_loads_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
