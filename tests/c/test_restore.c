@@ -314,6 +314,96 @@ test_cancel(void)
     }
 }
 
+/* A restore that another thread meddles with. */
+typedef struct meddling {
+    krul_restore *restore;
+    unsigned seed;
+} meddling;
+
+static void *
+meddle(void *argument)
+{
+    meddling *with = argument;
+    for (int i = 0; i < 4; i++) {
+        int32_t layer = (int32_t)(rand_r(&with->seed) % N_LAYERS);
+        switch (rand_r(&with->seed) % 6) {
+            case 0:
+                krul_restore_drop(with->restore, layer, N_TOKENS);
+                break;
+            case 1:
+                krul_restore_limit(with->restore, rand_r(&with->seed) % 2 ? 1e5 : 0);
+                break;
+            case 2:
+                (void)krul_restore_wait_for(with->restore, layer, 1e-4);
+                break;
+            case 3:
+                usleep((useconds_t)(rand_r(&with->seed) % 100));
+                break;
+            case 4: {
+                krul_restore_counts counts;
+                krul_restore_trace traces[N_LAYERS];
+                krul_restore_read_counts(with->restore, &counts);
+                krul_restore_read_trace(with->restore, traces);
+                break;
+            }
+            default:
+                if (rand_r(&with->seed) % 4 == 0) {
+                    krul_restore_abandon(with->restore);
+                }
+        }
+    }
+    return NULL;
+}
+
+/* A thousand restores with faults, limits, drops and cancels at random: every layer comes to its
+ * numbers, to what was dropped, or to a failure that says so, and none hangs. */
+static void
+test_storm(void)
+{
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    unsigned seed = 1;
+    int n_good = 0, n_cancelled = 0, n_corrupt = 0;
+    for (int round = 0; round < 1000; round++) {
+        krul_restore_step mine[N_LAYERS];
+        int damaged = (int)(rand_r(&seed) % (2 * N_LAYERS));
+        memcpy(mine, steps, sizeof mine);
+        if (damaged < N_LAYERS) {
+            mine[damaged].entry.payload_crc32c ^= 1;
+        }
+        memset(target, 0, sizeof target);
+        krul_restore_options options = {.n_threads = 1 + (int)(rand_r(&seed) % 3),
+                                        .max_bytes_per_s = rand_r(&seed) % 2 ? 1e7 : 0};
+        krul_error err;
+        pthread_t thread;
+        meddling with = {.seed = (unsigned)rand_r(&seed)};
+        CHECK(krul_restore_start(check_best_backend(), mine, N_LAYERS, N_LAYERS, &options,
+                                 &with.restore, &err) == KRUL_STATUS_OK);
+        CHECK(pthread_create(&thread, NULL, meddle, &with) == 0);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            krul_status status = krul_restore_wait(with.restore, layer, &err);
+            if (status == KRUL_STATUS_OK) {
+                bool is_whole = memcmp(source[layer], target[layer], sizeof source[layer]) == 0;
+                bool is_untouched = target[layer][1] == 0 && target[layer][N_VALUES - 1] == 0;
+                CHECK(is_whole || is_untouched);
+                n_good++;
+            }
+            else if (status == KRUL_STATUS_CORRUPT) {
+                CHECK(layer == damaged);
+                n_corrupt++;
+            }
+            else {
+                CHECK(status == KRUL_STATUS_CANCELLED);
+                n_cancelled++;
+            }
+        }
+        pthread_join(thread, NULL);
+        krul_restore_free(with.restore);
+    }
+    CHECK(n_good > 1000 && n_corrupt > 50 && n_cancelled > 50);
+    close(fd);
+}
+
 static void
 test_refusals(void)
 {
@@ -372,6 +462,7 @@ main(void)
     test_cancel();
     test_limit();
     test_drop();
+    test_storm();
     test_refusals();
     test_made_up_machine(); /* last: it changes the entries */
     return check_finish();
