@@ -368,7 +368,11 @@ class Cache(DynamicCache):
         if self._feed is None:
             self._check_open()
             self._lose_tokens("tokens were fed to it by a model without krul.attach")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        finally:
+            # Closed by another thread meanwhile, a layer fails or lacks a part of the history.
+            self._check_open()
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
         """Drop tokens from the end.
@@ -1022,11 +1026,12 @@ class Cache(DynamicCache):
         """
         if self._is_closed:
             return
+        # First, so that a pass in another thread fails instead of using layers that are not filled.
+        self._is_closed = True
         self._wait_for_saves()
         self._drop_restore()
         if self.estimator is not None:
             self.estimator.wait()
-        self._is_closed = True
         self._feed = None
         if self._executor is not None:
             self._executor.shutdown(wait=True)

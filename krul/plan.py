@@ -5,12 +5,12 @@ section 4.3): the model runs over the first tokens while the channel brings the 
 predicts how long each way takes until the first new token, and chooses; what it knows of time is
 written at "restore plan" in ``csrc/krul.h``.
 
-No split is faster than `Plan.bound_s`. With equal linear layers that is the harmonic time,
-``1 / (1 / recompute_s + 1 / load_s)``, and without a prompt a plan reaches it to within one multiple
-of `granularity`, for then no layer is needed before the last. Otherwise a plan may lie behind by
-what pipelining costs: an early layer that the prompt's pass waits for, overhead that a short prefix
-pays in full, blocks that can only be read whole, and, where layers differ, a dear layer above a
-cheap one, which cannot be recomputed alone.
+No split is faster than `Plan.bound_s`. With equal linear layers that is the harmonic time, ``1 / (1
+/ recompute_s + 1 / load_s)``, and without a prompt a plan reaches it to within one multiple of
+`granularity`, for then no layer is needed before the last. Otherwise a plan may lie behind by what
+pipelining costs: an early layer that the prompt's pass waits for, overhead that a short prefix pays
+in full, blocks that can only be read whole, and, where layers differ, a dear layer above a cheap
+one, which cannot be recomputed alone.
 """
 
 from __future__ import annotations
@@ -269,8 +269,9 @@ def plan(
         New tokens that the model runs over after it; 0 plans for the history alone.
     shape : str
         ``"load"`` recomputes nothing but `n_required`, ``"recompute"`` all that may be (but no part
-        of a block that is read nevertheless), ``"uniform"`` as many tokens in every layer, ``"pyramid"`` fewer the deeper the layer, ``"step"`` one number in
-        the first layers and a smaller one in the rest; ``"auto"`` takes the best of these.
+        of a block that is read nevertheless), ``"uniform"`` as many tokens in every layer,
+        ``"pyramid"`` fewer the deeper the layer, ``"step"`` one number in the first layers and a
+        smaller one in the rest; ``"auto"`` takes the best of these.
     granularity : int
         Numbers of recomputed tokens are multiples of it, or all.
     n_required : array_like, optional

@@ -119,8 +119,8 @@ class Source:
         self._steps: list[_Step] = []
         self._begun: list[_Step] = []  # those of the first restore, in its order
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
-        self._opened = time.perf_counter()
-        self._open_s = self._recompute_s = 0.0
+        self._opened = self._begun_at = time.perf_counter()
+        self._open_s = self._recompute_s = self._recompute_begin_s = 0.0
         self._plan: Plan | None = None
         self._reason = ""
         self._is_prepared = self._is_closed = False
@@ -227,6 +227,7 @@ class Source:
         steps.sort(key=lambda step: all(step.token_end <= expected[x] for x in step.layers))
         if self.settings.restore != "recompute":
             self._begun = steps
+        self._begun_at = time.perf_counter()
         self._begin([(step.fd, None, step.entry, step.views) for step in self._begun])
         self._open_s = time.perf_counter() - self._opened
 
@@ -288,6 +289,7 @@ class Source:
             self._reason += f"; recomputing failed: {type(error).__name__}: {error}"
             return
         self._recompute_s = time.perf_counter() - started
+        self._recompute_begin_s = started - self._begun_at
         self._n_recomputed = n_by_layer
 
     def _load_after_all(self, n_by_layer: list[int]) -> None:
@@ -478,26 +480,22 @@ class Source:
         Returns
         -------
         list of dict
-            One for each block that was read: ``layers``, ``token_start``, ``token_end``, ``kv``,
-            ``worker``, ``begin_s``, ``read_s``, ``end_s``.
+            ``action``, ``layer``, ``worker``, ``start_s``, ``end_s``: a ``"load"`` and a
+            ``"decode"`` for each block that was read, and one ``"recompute"``, of worker -1 and
+            layer 0, where anything was recomputed.
         """
-        if not self._restores:
-            return []
+        events = []
+        if self._recompute_s:
+            end_s = self._recompute_begin_s + self._recompute_s
+            events.append(("recompute", 0, -1, self._recompute_begin_s, end_s))
+        traces = self._restores[0].trace().tolist() if self._begun else []
+        for step, (worker, begin_s, read_s, end_s) in zip(self._begun, traces, strict=True):
+            if worker >= 0:
+                events.append(("load", step.layers[0], int(worker), begin_s, read_s))
+                events.append(("decode", step.layers[0], int(worker), read_s, end_s))
+        names = ("action", "layer", "worker", "start_s", "end_s")
         return [
-            {
-                "layers": list(step.layers),
-                "token_start": step.token_start,
-                "token_end": step.token_end,
-                "kv": step.entry.kv,
-                "worker": int(worker),
-                "begin_s": begin_s,
-                "read_s": read_s,
-                "end_s": end_s,
-            }
-            for step, (worker, begin_s, read_s, end_s) in zip(
-                self._begun, self._restores[0].trace().tolist(), strict=True
-            )
-            if worker >= 0
+            dict(zip(names, event, strict=True)) for event in sorted(events, key=lambda e: e[3])
         ]
 
     def cancel(self) -> None:

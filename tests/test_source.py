@@ -4,6 +4,8 @@ import copy
 import gc
 import math
 import os
+import random
+import shutil
 import threading
 import time
 
@@ -351,3 +353,130 @@ def test_reading_beside_the_model_by_another_thread(store, llama):
             for layer, wanted in zip(fork.layers, exact.layers, strict=True):
                 scale = wanted.keys.abs().max()
                 assert (layer.keys - wanted.keys).abs().max() <= 1e-5 * scale
+
+
+def test_closing_in_the_middle_of_a_pass_is_an_error_there(store, llama):
+    saved(store, llama)
+    with reopened(store, llama, "load", max_read_bytes_per_s=0) as cache:
+        cache.restore()
+
+        def close(*_):
+            other = threading.Thread(target=cache.close)
+            other.start()
+            other.join()
+
+        hook = llama.model.layers[1].mlp.register_forward_pre_hook(close)
+        try:
+            with pytest.raises(ValueError, match="the cache is closed"):
+                next_logits(llama, cache)
+        finally:
+            hook.remove()
+
+
+def test_the_timeline_of_a_restore(store, llama):
+    saved(store, llama)
+    with reopened(store, llama, "uniform") as cache:
+        source = cache.source
+        next_logits(llama, cache)
+        events = source.timeline()
+    assert [event["start_s"] for event in events] == sorted(event["start_s"] for event in events)
+    assert all(0 <= event["start_s"] <= event["end_s"] for event in events)
+    (recompute,) = (event for event in events if event["action"] == "recompute")
+    loads = [event for event in events if event["action"] == "load"]
+    assert {event["layer"] for event in loads} == set(range(models.N_LAYERS))
+    assert any(
+        event["start_s"] < recompute["end_s"] and recompute["start_s"] < event["end_s"]
+        for event in loads
+    )
+
+
+# ---- everything at once --------------------------------------------------------------------------
+
+# Restores in the storm; KRUL_STORM=1000 for a long look.
+N_STORM = int(os.environ.get("KRUL_STORM", "40"))
+
+
+def _tear(store, chance):
+    """Damage a segment of the stored conversation in one of several ways, or do not."""
+    files = store.files("chat")
+    path = os.path.join(files.path, files.read_manifest().segments[0].file)
+    n_bytes = os.path.getsize(path)
+    kind = chance.choice(["none", "none", "flip", "flip", "cut", "gone"])
+    if kind == "flip":
+        at = chance.randrange(n_bytes)
+        with open(path, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ (1 << chance.randrange(8))]))
+    elif kind == "cut":
+        os.truncate(path, chance.randrange(n_bytes))
+    elif kind == "gone":
+        os.unlink(path)
+    return kind
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_storm_of_restores(tmp_path, llama):
+    """Faults, interrupts, limits and prompt lengths at random: right logits or a clear error."""
+    chance = random.Random(7)
+    with krul.Store(tmp_path / "origin") as store:
+        ids, _ = saved(store, llama, n_tokens=600)
+    outcomes = {"right": 0, "closed": 0, "closers": 0}
+    for index in range(N_STORM):
+        shutil.copytree(tmp_path / "origin", tmp_path / "store")
+        n_new = chance.randrange(1, 30)
+        whole = torch.cat([ids, models.token_ids(index, n_new)], 1)
+        with torch.no_grad():
+            expected = llama(whole, logits_to_keep=1).logits
+        settings = krul.Settings(
+            restore=chance.choice(["auto", "load", *MIXED]),
+            max_read_bytes_per_s=chance.choice([0, 0, 1e5, 1e6, 1e7]),
+        )
+        calls = [chance.randrange(8)]
+
+        def interrupt(*_, calls=calls):
+            calls[0] -= 1
+            if calls[0] == 0:
+                raise ModelError("struck")
+
+        hook = None
+        with krul.Store(tmp_path / "store") as store:
+            knows(store, llama, chance.choice([1e-6, 1e-4]), chance.choice([1e5, 1e9]))
+            _tear(store, chance)
+            cache = store.open("chat", llama, settings=settings)
+            closer = None
+            if chance.random() < 0.2:
+                closer = threading.Timer(chance.random() * 0.02, cache.close)
+                closer.start()
+                outcomes["closers"] += 1
+            if chance.random() < 0.3:
+                hook = llama.model.layers[2].mlp.register_forward_pre_hook(interrupt)
+            try:
+                for _ in range(2):
+                    try:
+                        n_held = cache.n_tokens
+                        with torch.no_grad():
+                            logits = llama(
+                                whole[:, n_held:], past_key_values=cache, logits_to_keep=1
+                            ).logits
+                        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+                        outcomes["right"] += 1
+                        break
+                    except ModelError:
+                        continue
+            except ValueError as error:
+                if closer is None or "the cache is closed" not in str(error):
+                    raise
+                outcomes["closed"] += 1
+            finally:
+                if hook is not None:
+                    hook.remove()
+                if closer is not None:
+                    closer.join()
+                cache.close()
+        shutil.rmtree(tmp_path / "store")
+    assert outcomes["right"] + outcomes["closed"] == N_STORM
+    assert outcomes["closed"] <= outcomes["closers"]
+    assert 0 < outcomes["closers"] < N_STORM / 2
+    assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
