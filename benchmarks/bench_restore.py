@@ -30,7 +30,7 @@ from krul.demo_model import load
 
 from . import harness, texts
 
-HISTORIES = {512: (0.1, 0.3, 1, 3, 10, 30, 100), 2048: (0.3, 1, 3, 10, 30, 100), 7936: (1, 10, 100)}
+HISTORIES = {512: (0.1, 0.3, 1, 3, 10, 30, 100), 4096: (0.5, 1, 2, 5), 7936: (1, 10)}
 QUICK_HISTORIES = {512: (1, 10)}
 N_PROMPT = 64
 # A way that takes longer is run once, a quicker one three times.
@@ -226,6 +226,16 @@ class Bench:
             Way("from both ends, uncompressed", opened(exact, "uniform"), exact_bytes, bf16_bytes),
             Way("hidden states", hidden.open, hidden.stored_bytes, hidden_bytes),
         ]
+        chosen, chosen_bytes = self.save(n_tokens, "share", codec="share", share_ratio=0.75)
+        found.append(
+            Way(
+                "krul share",
+                opened(chosen, "auto"),
+                chosen_bytes,
+                0.75 * bf16_bytes,
+                max_kl=math.inf,
+            )
+        )
         for codec in ("int8", "int4"):
             store, n_bytes = self.save(n_tokens, codec, codec=codec, estimator_rows=0)
             found.append(
