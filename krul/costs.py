@@ -17,10 +17,13 @@ import os
 import platform
 import tempfile
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from .plan import Costs
 
 __all__ = ["CostBook", "ForwardCost", "cost_book", "cost_books"]
 
@@ -34,6 +37,9 @@ _N_PASSES_EACH = 4
 # What a rate or a time must lie between to be believed: bytes per second, seconds.
 _RATE_RANGE = (1.0, 1e14)
 _TIME_RANGE = (1e-7, 1e5)
+
+# Of a decoder that was never measured: slower than any of them has been.
+_UNKNOWN_DECODE_BYTES_PER_S = 1e9
 
 # A restore of fewer bytes says more about opening files than about the store.
 _MIN_READ_BYTES = 1 << 16
@@ -158,6 +164,56 @@ class CostBook:
         """Return how many bytes one thread decodes in a second, or None if that is unknown."""
         with self._lock:
             return self._decode_bytes_per_s.get(codec)
+
+    def plan_costs(
+        self,
+        n_layers: int,
+        n_batch: int,
+        blocks: Iterable[tuple[tuple[int, ...], int, int, int]],
+        *,
+        read_bytes_per_s: float,
+        n_threads: int,
+        block_tokens: int,
+        first_block_tokens: int,
+    ) -> Costs | None:
+        """Return what `krul.plan.plan` needs to bring these blocks back on a CPU.
+
+        Parameters
+        ----------
+        n_layers, n_batch : int
+        blocks : iterable of (layers, codec, payload_bytes, decoded_bytes)
+            Two layers in one block are read with the lower one.
+        read_bytes_per_s : float
+        n_threads : int
+            0 means every processor.
+        block_tokens, first_block_tokens : int
+            As in `krul.plan.Costs`.
+
+        Returns
+        -------
+        Costs or None
+            None before any forward pass was measured.
+        """
+        forward = self.forward()
+        if forward is None:
+            return None
+        read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
+        n_threads = n_threads or os.cpu_count() or 1
+        for layers, codec, payload_bytes, decoded_bytes in blocks:
+            rate = self.decode_bytes_per_s(codec) or _UNKNOWN_DECODE_BYTES_PER_S
+            read_s[layers[0]] += payload_bytes / read_bytes_per_s
+            decode_s[list(layers)] += decoded_bytes / rate / n_threads / len(layers)
+        return Costs(
+            n_layers,
+            overhead_s=forward.overhead_s / n_layers,
+            linear_s_per_token=n_batch * forward.linear_s_per_token / n_layers,
+            quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,
+            read_s=read_s,
+            decode_s=decode_s,
+            decode_on_compute=True,
+            block_tokens=block_tokens,
+            first_block_tokens=first_block_tokens,
+        )
 
     # -- the file --
 

@@ -69,6 +69,11 @@ class Entry(NamedTuple):
     payload_bytes: int = 0
     payload_crc32c: int = 0
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one or two layers that a block holds."""
+        return (self.layer_lower,) if self.layer_upper < 0 else (self.layer_lower, self.layer_upper)
+
     def holds(self, layer: int, kv: int) -> bool:
         """Whether this is a block of a layer's K (0) or V (1), alone or in a pair."""
         return self.kv == kv and layer in (self.layer_lower, self.layer_upper)
@@ -119,7 +124,7 @@ class SegmentInfo:
         Size of the file; filled by the commit.
     strategy, guard : dict
         JSON values: how it was coded, and what the guard measured. Numbers that are not finite
-        are stored as null.
+        are stored as null. ``strategy["dropped"]``: see `n_dropped`.
     crc32c : int
         The checksum of the file's header, which covers all others; filled by the commit.
     """
@@ -131,6 +136,11 @@ class SegmentInfo:
     strategy: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
     crc32c: int = 0
+
+    def n_dropped(self, layer: int) -> int:
+        """Tokens, from the conversation's first, that a layer may lack: they are recomputed."""
+        dropped = self.strategy.get("dropped", ())
+        return dropped[layer] if layer < len(dropped) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +274,15 @@ def _an_object(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+def _a_strategy(value: Any, name: str) -> dict[str, Any]:
+    dropped = _an_object(value, name).get("dropped", [])
+    if not isinstance(dropped, list) or len(dropped) > FORMAT["MAX_LAYERS"]:
+        raise _refuse(f"{name}.dropped", dropped, f"a list of 0 to {FORMAT['MAX_LAYERS']} integers")
+    for layer, n_tokens in enumerate(dropped):
+        _an_int(0, _TOKENS)(n_tokens, f"{name}.dropped[{layer}]")
+    return value
+
+
 _exact_text = _a_text(f"[ -~]{{1,{_MAX_FINGERPRINT_CHARACTERS}}}")
 
 
@@ -298,7 +317,7 @@ _SEGMENT_FIELDS: dict[str, Check] = {
     "token_start": _an_int(0, _TOKENS),
     "n_tokens": _an_int(1, _TOKENS),
     "file_bytes": _an_int(1, (1 << 63) - 1),
-    "strategy": _an_object,
+    "strategy": _a_strategy,
     "guard": _an_object,
     "crc32c": _an_int(0, (1 << 32) - 1),
 }
@@ -519,7 +538,7 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
     """Refuse a segment that does not hold every layer's tokens once, in the layer's own shape."""
     ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, entry in enumerate(entries):
-        for layer in (entry.layer_lower, entry.layer_upper)[: 1 if entry.layer_upper < 0 else 2]:
+        for layer in entry.layers:
             _check_shape(entry, i, layer, manifest)
             ranges.setdefault((layer, entry.kv), []).append((entry.token_start, entry.n_tokens))
     token_ends = {max(start + n for start, n in spans) for spans in ranges.values()}
@@ -542,8 +561,10 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
                     )
                 at += n_tokens
             starts.add(start)
-            low = info.token_start if layout.kind == "full" else token_end - (layout.window or 0)
-            high = info.token_start if layout.kind == "full" else token_end - 1
+            if layout.kind == "full":
+                low, high = info.token_start, max(info.token_start, info.n_dropped(layer))
+            else:
+                low, high = token_end - (layout.window or 0), token_end - 1
             if at != token_end or not low <= start <= high:
                 raise FormatError(
                     f"{name}: layer {layer} ({layout.kind}), {'KV'[kv]}: blocks hold tokens "

@@ -16,14 +16,16 @@ import torch
 
 from . import _core, guard
 from .cache import Cache
-from .compressor import CODECS
+from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
 from .history import Snapshot
 from .manifest import DTYPE_NUMBERS
 from .model import layer_classes
+from .plan import plan
 from .reports import SaveReport
+from .source import starts_by_layer, whole_blocks
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
 from .strategy import strategies, summary
 
@@ -132,19 +134,26 @@ class _Decoder:
         state = self.work.layers[layer]
         assert state is not None
         sources: list[list[tuple[Entry, Any]]] = []
+        n_dropped = 0
         if state.kind == "full":
             for (fd, entries), segment in zip(self.stored, self.work.segments, strict=True):
                 end = segment.token_start + segment.n_tokens
                 sources.append([(entry, fd) for entry in entries if entry.token_start < end])
+                n_dropped = max(n_dropped, segment.n_dropped(layer))
         sources.append(self.new)
         tensors = tuple(
-            self._tensor(layer, kv, state, sources)[:, :, : n_before - state.token_start]
+            self._tensor(layer, kv, state, sources, n_dropped)[:, :, : n_before - state.token_start]
             for kv in (KEY, VALUE)
         )
         return tensors[KEY], tensors[VALUE]
 
     def _tensor(
-        self, layer: int, kv: int, state: Layer, sources: list[list[tuple[Entry, Any]]]
+        self,
+        layer: int,
+        kv: int,
+        state: Layer,
+        sources: list[list[tuple[Entry, Any]]],
+        n_dropped: int,
     ) -> torch.Tensor:
         like = state.tensors[kv]
         mine = [
@@ -166,6 +175,8 @@ class _Decoder:
                 view = out[:, :, first : first + entry.n_tokens]
                 jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
             _core.decode_blocks(jobs, self.work.settings.n_threads)
+        # What is not stored comes back exact: it is computed again.
+        out[:, :, :n_dropped] = like[:, :, :n_dropped]
         return out
 
 
@@ -213,10 +224,9 @@ def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
     """Decode what claims to be exact and compare it bit for bit with what was encoded."""
     for block in encoded:
         entry = block.entry
-        layers = [layer for layer in (entry.layer_lower, entry.layer_upper) if layer >= 0]
         wanted = [
             encoder.tensor(layer, entry.kv, entry.token_start, entry.token_start + entry.n_tokens)
-            for layer in layers
+            for layer in entry.layers
         ]
         outs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted)
         _core.decode_blocks([(entry.codec, entry.kv, block.payload, outs)], 1)
@@ -268,6 +278,66 @@ def _select(
             f"{summary(strategy)} refused: mean KL {verdict.mean_kl:.4f} (at most "
             f"{settings.max_kl:g}), top-1 {verdict.top1:.3f} (at least {settings.min_top1:g})"
         )
+
+
+def _dropped(cache: Cache, work: Work, encoded: list[Encoded], notes: list[str]) -> tuple[int, ...]:
+    """Return how many first tokens of each layer a restore would recompute anyway.
+
+    The paper's storage mode: decided once, when a conversation is saved for the first time.
+    """
+    settings = work.settings
+    blocker = cache.partial_blocker or cache._why_not_recompute(work.n_tokens)
+    if work.segments:
+        return ()
+    if blocker:
+        notes.append(f"all tokens are stored: {blocker}")
+        return ()
+    entries = [block.entry for block in encoded]
+    book = cache.costs
+    rate = settings.max_read_bytes_per_s or book.read_bytes_per_s
+    costs = None
+    if rate:
+        blocks = []
+        for entry in entries:
+            n_values = entry.n_batch * entry.n_heads * entry.n_tokens * entry.head_dim
+            element = work.layers[entry.layer_lower].tensors[entry.kv].element_size()
+            n_bytes = len(entry.layers) * n_values * element
+            blocks.append((entry.layers, entry.codec, entry.payload_bytes, n_bytes))
+        costs = book.plan_costs(
+            len(work.layers),
+            work.snapshot.token_ids.shape[0],
+            blocks,
+            read_bytes_per_s=rate,
+            n_threads=settings.n_threads,
+            block_tokens=MAX_BLOCK_TOKENS,
+            first_block_tokens=settings.keep_first,
+        )
+    if costs is None:
+        missing = "forward pass of this model" if rate else "read from this store"
+        notes.append(f"all tokens are stored: no {missing} was measured here yet")
+        return ()
+    shape = {"mixed": "auto", "load": "load"}.get(settings.restore, settings.restore)
+    planned = plan(costs, work.n_tokens, 0, shape=shape)
+    kinds = [layout.kind for layout in work.layouts]
+    starts = starts_by_layer((x, e.kv, e.token_start) for e in entries for x in e.layers)
+    # The last block always stays: a segment says by its blocks where it ends.
+    most = [min(n, work.n_tokens - 1) for n in planned.n_recomputed_by_layer]
+    return tuple(whole_blocks(most, kinds, starts, work.n_tokens))
+
+
+def _without(encoded: list[Encoded], dropped: tuple[int, ...], work: Work) -> list[Encoded]:
+    """Leave out the blocks of full layers that hold nothing but dropped tokens."""
+    if not any(dropped):
+        return encoded
+    return [
+        block
+        for block in encoded
+        if any(
+            work.layouts[layer].kind != "full"
+            or block.entry.token_start + block.entry.n_tokens > dropped[layer]
+            for layer in block.entry.layers
+        )
+    ]
 
 
 def _kv_elements(work: Work) -> tuple[int, int]:
@@ -325,8 +395,14 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     )
     if fallen:
         notes.append(f"{fallen} blocks hold values that only exact can keep")
+    dropped: tuple[int, ...] = ()
+    if work.settings.drop_recomputed:
+        dropped = _dropped(cache, work, encoded, notes)
+        encoded = _without(encoded, dropped, work)
+        if any(dropped):
+            notes.append(f"the first {dropped[0]} to {min(dropped)} tokens are not stored")
     started = time.perf_counter()
-    result = _commit(work, strategy, encoded, verdict)
+    result = _commit(work, strategy, encoded, verdict, dropped)
     seconds["commit"] = time.perf_counter() - started
     cache.created_s = result.manifest.created_s
     cache.mark_saved(result.generation, result.manifest.segments, snapshot)
@@ -351,7 +427,11 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
 
 
 def _commit(
-    work: Work, strategy: Strategy, encoded: list[Encoded], verdict: guard.Verdict
+    work: Work,
+    strategy: Strategy,
+    encoded: list[Encoded],
+    verdict: guard.Verdict,
+    dropped: tuple[int, ...],
 ) -> CommitResult:
     segments = list(work.segments)
     if encoded:
@@ -360,7 +440,7 @@ def _commit(
                 file="",
                 token_start=work.n_stored_tokens,
                 n_tokens=work.n_new_tokens,
-                strategy=strategy.to_dict(),
+                strategy=strategy.to_dict() | ({"dropped": list(dropped)} if any(dropped) else {}),
                 guard={
                     "mean_kl": verdict.mean_kl,
                     "max_kl": verdict.max_kl,

@@ -59,7 +59,8 @@ class Settings:
         rest, ``"mixed"`` what is fastest of these. ``"auto"`` takes the fastest of all by what was
         measured here.
     drop_recomputed : bool
-        Do not store what a restore would recompute anyway.
+        Do not store what a restore would recompute anyway, as the paper does. Decided by the first
+        save of a conversation, from what was measured until then; later turns are stored whole.
     n_threads : int
         Threads for encoding and restoring; 0 means every processor.
     max_read_bytes_per_s : float
@@ -106,10 +107,9 @@ class Settings:
         _check_int("keep_first", self.keep_first, 0, 4096)
         _check_int("guard_tokens", self.guard_tokens, 0, 65_536)
         _check_choice("restore", self.restore, RESTORE_PLANS)
-        if self.drop_recomputed is not False:
+        if not isinstance(self.drop_recomputed, bool):
             raise ValueError(
-                f"drop_recomputed is {self.drop_recomputed!r} but must be False: "
-                "this version stores every token"
+                f"drop_recomputed is {self.drop_recomputed!r} but must be True or False"
             )
         _check_int("n_threads", self.n_threads, 0, 256)
         _check_float("max_read_bytes_per_s", self.max_read_bytes_per_s, 0, 1e15)

@@ -9,7 +9,6 @@ has been in this very restore.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import threading
@@ -24,14 +23,14 @@ import torch
 from . import _core
 from .compressor import MAX_BLOCK_TOKENS
 from .costs import CostBook
-from .errors import CorruptionError, FormatError
+from .errors import CorruptionError, FormatError, UnsupportedModelError
 from .manifest import Entry, LayerLayout, Manifest, SegmentInfo
 from .plan import Costs, Plan, plan
 from .reports import RestoreReport
 from .settings import Settings
 from .store import ConversationFiles
 
-__all__ = ["KeysAndValues", "Source", "decode_windows"]
+__all__ = ["KeysAndValues", "Source", "decode_windows", "starts_by_layer", "whole_blocks"]
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -47,9 +46,6 @@ _EXPECTED_PROMPT_TOKENS = 64
 # Before a restore has read so much or so long, what was measured earlier says more about the store.
 _TRUSTED_READ_BYTES = 1 << 20
 _TRUSTED_READ_S = 0.02
-
-# Of a decoder that was never measured: slower than any of them has been.
-_UNKNOWN_DECODE_BYTES_PER_S = 1e9
 
 # How often a wait looks whether the store still gives what it promised, and how much longer than
 # recomputing it may take: giving up throws away what was read.
@@ -124,6 +120,7 @@ class Source:
         self._plan: Plan | None = None
         self._reason = ""
         self._is_prepared = self._is_closed = False
+        self._failure: UnsupportedModelError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
         for segment in manifest.segments:
             try:
@@ -271,6 +268,11 @@ class Source:
         self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
         self._reason = self._plan.reason
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
+        if blocker and any(n_by_layer):
+            self._failure = UnsupportedModelError(
+                f"the first {max(n_by_layer)} tokens are not stored, to be recomputed: {blocker}"
+            )
+            return
         if not any(n_by_layer):
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
@@ -283,6 +285,9 @@ class Source:
         try:
             recompute(n_by_layer)
         except BaseException as error:
+            if any(self._required()):
+                self._is_prepared = False  # there is no other way: whoever asks next tries again
+                raise
             self._load_after_all(n_by_layer)
             if not isinstance(error, Exception):
                 raise
@@ -304,29 +309,8 @@ class Source:
         self._begin(again)
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
-        """Round down to where the blocks of every full layer begin: a block is read whole."""
-        starts: dict[int, set[int]] = {}
-        for (layer, _), steps in itertools.groupby(
-            sorted(
-                ((layer, step.entry.kv, step) for step in self._steps for layer in step.layers),
-                key=lambda row: row[:2],
-            ),
-            key=lambda row: row[:2],
-        ):
-            found = {step.token_start for _, _, step in steps}
-            starts[layer] = starts.get(layer, found) & found
-        result, most = [], self._n_tokens
-        for layer, (n, layout) in enumerate(zip(wanted, self.manifest.layers, strict=True)):
-            most = min(most, n)
-            if layout.kind == "full" and most < self._n_tokens:
-                most = max((start for start in starts[layer] if start <= most), default=0)
-            result.append(most)
-        # Layers that keep nothing of their own have nothing to be recomputed.
-        for layer in reversed(range(len(result))):
-            if self.manifest.layers[layer].kind != "none":
-                break
-            result[layer] = 0
-        return result
+        kinds = [layout.kind for layout in self.manifest.layers]
+        return whole_blocks(wanted, kinds, _starts_by_layer(self._steps), self._n_tokens)
 
     def _read_rate(self) -> float | None:
         """Return bytes per second that the store gives: in this restore, or as it was before."""
@@ -337,64 +321,70 @@ class Source:
         known = self.costs.read_bytes_per_s
         return min(limit, known) if known is not None else None if limit == math.inf else limit
 
-    def _load_costs(self, read_rate: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the seconds that reading and decoding each layer will still take."""
-        n_layers = len(self.manifest.layers)
-        read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
-        n_threads = self.settings.n_threads or os.cpu_count() or 1
-        done = set()
-        if self._restores:
+    def _left(self) -> list[_Step]:
+        """Return the blocks that are wanted and not in yet."""
+        done: set[int] = set()
+        if self._begun and self._restores:
             done = set(np.flatnonzero(self._restores[0].trace()[:, 0] >= 0).tolist())
-        for index, step in enumerate(self._steps):
-            if (index in done and self._begun) or step.token_start >= self._n_tokens:
-                continue
-            rate = self.costs.decode_bytes_per_s(step.codec) or _UNKNOWN_DECODE_BYTES_PER_S
-            read_s[step.layers[0]] += step.payload_bytes / read_rate
-            decode_s[list(step.layers)] += step.decoded_bytes / rate / n_threads / len(step.layers)
-        return read_s, decode_s
+        return [
+            step
+            for index, step in enumerate(self._steps)
+            if index not in done and step.token_start < self._n_tokens
+        ]
+
+    def _required(self) -> list[int]:
+        """Return the tokens of each layer that are not stored, and so must be recomputed."""
+        required = [0] * len(self.manifest.layers)
+        for layer, starts in _starts_by_layer(self._steps).items():
+            required[layer] = min(self._n_tokens, min(starts))
+        for layer in reversed(range(len(required) - 1)):  # what is above needs what is below
+            required[layer] = max(required[layer], required[layer + 1])
+        return required
 
     def _make_plan(self, n_prompt_tokens: int, n_tokens: int, blocker: str) -> Plan:
         """Plan what is recomputed, from the settings and from what was measured."""
-        n_layers = len(self.manifest.layers)
-        wanted = self.settings.restore
-        forward, read_rate = self.costs.forward(), self._read_rate()
+        n_layers, settings = len(self.manifest.layers), self.settings
+        wanted, required = settings.restore, self._required()
+        read_rate = self._read_rate()
+        costs = None
+        if read_rate is not None:
+            costs = self.costs.plan_costs(
+                n_layers,
+                self.manifest.n_batch,
+                [(x.layers, x.codec, x.payload_bytes, x.decoded_bytes) for x in self._left()],
+                read_bytes_per_s=read_rate,
+                n_threads=settings.n_threads,
+                block_tokens=MAX_BLOCK_TOKENS,
+                first_block_tokens=settings.keep_first,
+            )
         if wanted == "load":
             blocker = "the settings ask for it"
-        elif wanted == "auto" and not blocker:
-            if forward is None:
-                blocker = "no forward pass of this model was measured here yet"
-            elif read_rate is None:
-                blocker = "no read from this store was measured here yet"
-        if forward is None or read_rate is None:
+        elif wanted == "auto" and not blocker and costs is None:
+            missing = "read from this store" if read_rate is None else "forward pass of this model"
+            blocker = f"no {missing} was measured here yet"
+        is_known = costs is not None
+        if costs is None:
             # Where a shape is asked for: as if loading were as fast as recomputing.
             costs = Costs(
                 n_layers, linear_s_per_token=1e-3 / n_layers, read_s=1e-3 * n_tokens / n_layers
             )
-        else:
-            read_s, decode_s = self._load_costs(read_rate)
-            n_batch = self.manifest.n_batch
-            costs = Costs(
-                n_layers,
-                overhead_s=forward.overhead_s / n_layers,
-                linear_s_per_token=n_batch * forward.linear_s_per_token / n_layers,
-                quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,
-                read_s=read_s,
-                decode_s=decode_s,
-                decode_on_compute=True,
-                block_tokens=MAX_BLOCK_TOKENS,
-                first_block_tokens=self.settings.keep_first,
-            )
         shapes = {"mixed": ("uniform", "pyramid", "step"), "load": ("auto",)}.get(wanted, (wanted,))
         plans = [
             plan(
-                costs, n_tokens, n_prompt_tokens, shape=shape, n_recomputable=0 if blocker else None
+                costs,
+                n_tokens,
+                n_prompt_tokens,
+                shape="load" if blocker else shape,
+                n_required=required,
             )
             for shape in shapes
         ]
         best = min(plans, key=lambda each: each.predicted_s)
-        if forward is None or read_rate is None:
-            best = replace(best, predicted_s=math.nan)
-        return replace(best, reason=blocker) if blocker else best
+        return replace(
+            best,
+            predicted_s=best.predicted_s if is_known else math.nan,
+            reason=blocker or best.reason,
+        )
 
     def _settle(self) -> None:
         """Wait for the layers as long as decoding, not reading, is what takes the time.
@@ -429,6 +419,8 @@ class Source:
             The store is too slow.
         """
         assert self._restores
+        if self._failure is not None:
+            raise self._failure
         try:
             for restore in self._restores:
                 if can_recompute:
@@ -548,12 +540,64 @@ class Source:
         )
 
 
+def _starts_by_layer(steps: Iterable[_Step]) -> dict[int, set[int]]:
+    return starts_by_layer(
+        (x, step.entry.kv, step.token_start) for step in steps for x in step.layers
+    )
+
+
+def starts_by_layer(blocks: Iterable[tuple[int, int, int]]) -> dict[int, set[int]]:
+    """Return where both K and V of each layer have a block that begins, from (layer, kv, start)."""
+    found: dict[tuple[int, int], set[int]] = {}
+    for layer, kv, start in blocks:
+        found.setdefault((layer, kv), set()).add(start)
+    return {
+        layer: starts & found.get((layer, 1), set())
+        for (layer, kv), starts in found.items()
+        if kv == 0
+    }
+
+
+def whole_blocks(
+    wanted: Iterable[int], kinds: Iterable[str], starts: dict[int, set[int]], n_tokens: int
+) -> list[int]:
+    """Round down to where the blocks of every full layer begin: a block is read whole.
+
+    Parameters
+    ----------
+    wanted : iterable of int
+        Tokens of each layer that shall be recomputed.
+    kinds : iterable of str
+        Of each layer: ``"full"``, ``"sliding"`` or ``"none"``.
+    starts : dict of int to set of int
+        Where the blocks of full layers begin.
+    n_tokens : int
+        Of the history; all of it needs no rounding.
+
+    Returns
+    -------
+    list of int
+        Not growing with depth; 0 above the last layer that keeps anything.
+    """
+    result, most, kinds = [], n_tokens, list(kinds)
+    for layer, (n, kind) in enumerate(zip(wanted, kinds, strict=True)):
+        most = min(most, n)
+        if kind == "full" and most < n_tokens:
+            most = max((start for start in starts.get(layer, ()) if start <= most), default=0)
+        result.append(most)
+    for layer in reversed(range(len(result))):
+        if kinds[layer] != "none":
+            break
+        result[layer] = 0
+    return result
+
+
 def _step_of(
     entry: Entry, fd: int, segment: SegmentInfo, buffers: dict[int, KeysAndValues]
 ) -> _Step | None:
     """Return what is to be done with a block, or None where it holds nothing that is wanted."""
     end = segment.token_start + segment.n_tokens
-    layers = tuple(x for x in (entry.layer_lower, entry.layer_upper) if x >= 0)
+    layers = entry.layers
     if entry.token_start >= end or any(layer not in buffers for layer in layers):
         return None
     stop = min(end, entry.token_start + entry.n_tokens)

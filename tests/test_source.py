@@ -218,6 +218,114 @@ def test_layers_that_cannot_be_recomputed_alone_are_loaded(store, llama):
     assert set(report.n_loaded_by_layer) == {N_HISTORY}
 
 
+# ---- the storage mode of the paper ---------------------------------------------------------------
+
+
+def dropped(store, model, restore="pyramid", codec="exact", n_tokens=N_HISTORY):
+    """A conversation whose first tokens are not stored; its ids, and an uninterrupted cache."""
+    knows(store, model, 1e-4, 1e7)
+    ids = models.token_ids(1, n_tokens)
+    settings = krul.Settings(
+        codec=codec, guard_tokens=0, drop_recomputed=True, restore=restore, max_read_bytes_per_s=1e7
+    )
+    with store.open("chat", model, settings=settings) as cache, torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        knows(store, model, 1e-4, 1e7)
+        report = cache.save()
+        return ids, copy.deepcopy(cache), report
+
+
+@pytest.mark.parametrize("restore", ["pyramid", "step", "uniform", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_tokens_that_are_not_stored_come_back(store, name, restore):
+    model = models.tiny(name)
+    ids, exact, report = dropped(store, model, restore)
+    assert "tokens are not stored" in report.reason
+    with krul.Store(store.path + "-whole") as other:
+        saved(other, model)
+        assert report.stored_bytes < 0.8 * other.info("chat").stored_bytes
+    with krul.attach(model, observe=False):
+        expected = next_logits(model, exact)
+    assert store.verify() == []
+    for how in ("auto", "load", "recompute"):
+        with reopened(store, model, how) as cache:
+            assert torch.equal(cache.token_ids, ids)
+            logits = next_logits(model, cache)
+            found = cache.restore_report
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert max(found.n_recomputed_by_layer) >= 516
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "share", "auto"])
+def test_later_turns_over_dropped_tokens(store, llama, codec):
+    ids, exact, _ = dropped(store, llama, codec=codec)
+    new = models.token_ids(3, 200)
+    with krul.attach(llama, observe=False), torch.no_grad():
+        llama(new, past_key_values=exact, use_cache=True)
+        expected = next_logits(llama, exact)
+    settings = krul.Settings(codec=codec, drop_recomputed=True)
+    with store.open("chat", llama, settings=settings) as cache, torch.no_grad():
+        llama(new, past_key_values=cache, use_cache=True)
+        report = cache.save()
+        assert report.n_new_tokens == 200
+    with store.open("chat", llama) as cache:
+        logits = next_logits(llama, cache)
+        assert torch.equal(cache.token_ids[:, :1300], torch.cat([ids, new], 1))
+        n_by_layer = cache.restore_report.n_recomputed_by_layer
+        assert n_by_layer[0] >= 516
+        for layer, wanted, n in zip(cache.layers, exact.layers, n_by_layer, strict=True):
+            error = (layer.keys[:, :, :n] - wanted.keys[:, :, :n]).abs()
+            assert error.numel() == 0 or error.max() <= 1e-5 * wanted.keys.abs().max()
+    # Layers of a random model are not alike: sharing them may say anything.
+    bound = {"exact": 1e-5, "int8": 0.2, "auto": 1.0, "share": math.inf}[codec]
+    assert (logits - expected).abs().max() <= bound * expected.abs().max()
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("n_kept", [2, 300, 700])
+def test_a_prompt_that_diverges_inside_dropped_tokens(store, llama, n_kept):
+    ids, _, _ = dropped(store, llama)
+    other = torch.cat([ids[:, :n_kept], (ids[:, n_kept : n_kept + 30] + 1) % 90], 1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(other)
+    expected = llama.generate(other, attention_mask=mask, **options)
+    with store.open("chat", llama) as cache:
+        out = llama.generate(other, attention_mask=mask, past_key_values=cache, **options)
+        cache.save()
+    assert torch.equal(out, expected)
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        assert torch.equal(cache.token_ids, out[:, :-1])
+
+
+def test_dropped_tokens_that_cannot_be_recomputed_in_part_are_recomputed_whole(store, llama):
+    _, exact, _ = dropped(store, llama)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    with store.open("chat", llama) as cache:
+        cache.partial_blocker = "the probe said no"
+        logits = next_logits(llama, cache)
+        assert "the probe said no" in cache.restore_report.reason
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_dropped_tokens_that_cannot_be_recomputed_at_all(store, llama):
+    dropped(store, llama)
+    with store.open("chat", llama) as cache:
+        cache.recompute_blocker = "a strange mask"
+        with pytest.raises(krul.UnsupportedModelError, match=r"not stored, .* a strange mask"):
+            cache.restore()
+
+
+def test_nothing_is_dropped_while_nothing_is_known(store, llama):
+    book = knows(store, llama, 1e-4, 1e7)
+    book.read_bytes_per_s = None
+    settings = krul.Settings(codec="exact", drop_recomputed=True)
+    with store.open("chat", llama, settings=settings) as cache, torch.no_grad():
+        llama(models.token_ids(1, 600), past_key_values=cache, use_cache=True)
+        assert "all tokens are stored: no read from this store" in cache.save().reason
+
+
 # ---- when things go wrong ------------------------------------------------------------------------
 
 
