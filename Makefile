@@ -89,6 +89,7 @@ bench: $(BENCH_READY) build model
 	$(PY) -m benchmarks.bench_save $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_codecs $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_resume $(BENCH_FLAGS)
+	$(PY) -m benchmarks.bench_restore $(BENCH_FLAGS)
 
 lint: $(LINT_READY) build
 	$(RUN) ruff check .

@@ -234,10 +234,12 @@ class _Attachment:
 
     @torch.compiler.disable
     def before_forward(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = self._cache_of(args, kwargs)
-        if cache is None:
+        # While it is being registered or removed, torch may call a hook without the keywords: then
+        # the pass belongs to a thread that has no cache of ours.
+        cache = None if kwargs is None else self._cache_of(args, kwargs)
+        if cache is None or kwargs is None:
             return None
         # A forward pass that an interrupt tore off has left these behind.
         self._stop_observed(is_failed=True)
@@ -258,9 +260,10 @@ class _Attachment:
         return ((), named) if is_changed else None
 
     @torch.compiler.disable
-    def after_forward(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) != 2:  # without the keywords, as above
+            return
+        kwargs, output = rest
         cache = self._cache_of(args, kwargs)
         if cache is None:
             return

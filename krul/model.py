@@ -36,6 +36,7 @@ __all__ = [
     "is_remembered",
     "layer_classes",
     "own_layers",
+    "recall",
     "remember",
     "run_apart",
     "run_decoder",
@@ -140,6 +141,27 @@ def _find_layers(
     return best
 
 
+def _known_layers(
+    inner: torch.nn.Module, known: tuple[str, list[tuple[str, str]]] | None
+) -> tuple[torch.nn.Module, list[tuple[int, torch.nn.Module, torch.nn.Module]]] | None:
+    """Look up what was found before; None where the model is no longer built like that."""
+    if known is None:
+        return None
+    decoder_name, names = known
+    try:
+        rows = [
+            (index, inner.get_submodule(layer), inner.get_submodule(attention))
+            for index, (layer, attention) in enumerate(names)
+        ]
+        siblings = inner.get_submodule(names[0][0].rpartition(".")[0])
+    except AttributeError:
+        return None
+    is_same = len(siblings) == len(rows) and all(  # type: ignore[arg-type]
+        _layer_index(attention) == index for index, _, attention in rows
+    )
+    return (inner.get_submodule(decoder_name), rows) if is_same else None
+
+
 def decoder_layers(
     model: Any,
 ) -> tuple[torch.nn.Module, list[tuple[int, torch.nn.Module, torch.nn.Module]]]:
@@ -163,6 +185,9 @@ def decoder_layers(
         No list of modules was found whose element i holds exactly one attention with index i.
     """
     inner = generation_model(model)
+    known = _known_layers(inner, recall(inner, "decoder layers"))
+    if known is not None:
+        return known
     candidates: list[Any] = []
     if hasattr(inner, "get_decoder"):
         # It has been seen to return the head (modernbert-decoder), hence the other candidates.
@@ -173,6 +198,11 @@ def decoder_layers(
             continue
         layers = _find_layers(decoder)
         if layers:
+            # By name: what is remembered must not keep the model alive.
+            names = {module: name for name, module in inner.named_modules()}
+            rows = [(names[layer], names[attention]) for _, layer, attention in layers]
+            found = (names[decoder], rows)
+            remember(inner, "decoder layers", lambda found=found: found)  # type: ignore[misc]
             return decoder, layers
     raise UnsupportedModelError(
         f"{type(inner).__name__}: no list of decoder layers with one attention each was found"
@@ -475,6 +505,12 @@ def is_remembered(model: torch.nn.Module, key: Any) -> bool:
     """Whether `remember` would give what it gave before."""
     with _remembered_lock:
         return key in _remembered.get(model, {})
+
+
+def recall(model: torch.nn.Module, key: Any) -> Any:
+    """Return what `remember` would give without making it, or None."""
+    with _remembered_lock:
+        return _remembered.get(model, {}).get(key)
 
 
 def remember(model: torch.nn.Module, key: Any, make: Callable[[], Any]) -> Any:

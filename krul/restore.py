@@ -20,7 +20,7 @@ from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
 from .hooks import attach
 from .layer import KrulLayer
-from .model import generation_model, own_layers
+from .model import generation_model, text_config
 from .plan import SHAPES, Costs, Plan, Step, plan, predict
 from .probe import Capabilities, examine
 from .recompute import recompute_prefix
@@ -151,7 +151,7 @@ def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Ca
     cache.partial_blocker = capabilities.partial or ""
     if settings.estimator_rows != 0 and capabilities.observe is None:
         cache.estimator = Estimator(
-            len(own_layers(model)),
+            text_config(model).num_hidden_layers,
             rows=settings.estimator_rows,
             n_threads=settings.n_threads,
         )

@@ -443,3 +443,13 @@ def test_observation_is_counted_with_the_handles(model):
         assert cache.estimator.layers == list(range(4))
         model(ids, past_key_values=cache)
         assert cache.estimator.layers == list(range(4))
+
+
+def test_hooks_that_torch_calls_without_keywords():
+    """In another thread's pass, while they are being registered or removed."""
+    llama = models.tiny("llama")
+    with krul.attach(llama, observe=False):
+        (before,) = llama._forward_pre_hooks.values()
+        (after,) = llama._forward_hooks.values()
+        assert before(llama, ()) is None
+        assert after(llama, (), object()) is None
