@@ -536,3 +536,14 @@ def test_offloaded_weights_are_read_where_they_are(llama):
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
     assert probing.probe(model).cache is None
     assert prints.fingerprint(model) == prints.fingerprint(llama)
+
+
+def test_layers_that_were_found_before_are_looked_at_again():
+    model = models.tiny("llama")
+    decoder, rows = ask.decoder_layers(model)
+    assert ask.decoder_layers(model) == (decoder, rows)
+    del model.model.layers[-1]
+    assert ask.decoder_layers(model)[1] == rows[:-1]
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="no list of decoder layers"):
+        ask.decoder_layers(model)
