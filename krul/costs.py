@@ -38,6 +38,9 @@ _N_PASSES_EACH = 4
 _RATE_RANGE = (1.0, 1e14)
 _TIME_RANGE = (1e-7, 1e5)
 
+# A store that gives less than this part of what a limit allows is itself what is slow.
+_OWN_SHARE = 0.5
+
 # Of a decoder that was never measured: slower than any of them has been.
 _UNKNOWN_DECODE_BYTES_PER_S = 1e9
 
@@ -137,11 +140,15 @@ class CostBook:
             del passes[:-_N_PASSES_EACH]
             self._is_changed = True
 
-    def add_restore(self, counts: dict[str, Any]) -> None:
-        """Note what ``_core.Restore.counts`` gives of a restore."""
+    def add_restore(self, counts: dict[str, Any], max_bytes_per_s: float = 0.0) -> None:
+        """Note what ``_core.Restore.counts`` gives of a restore that read at most so fast.
+
+        Reads that a limit has held up say nothing of the store.
+        """
         with self._lock:
-            if counts["read_bytes"] >= _MIN_READ_BYTES and counts["read_wall_s"] > 0:
-                rate = counts["read_bytes"] / counts["read_wall_s"]
+            rate = counts["read_bytes"] / max(counts["read_wall_s"], 1e-9)
+            is_free = max_bytes_per_s == 0 or rate < _OWN_SHARE * max_bytes_per_s
+            if counts["read_bytes"] >= _MIN_READ_BYTES and counts["read_wall_s"] > 0 and is_free:
                 self.read_bytes_per_s = _blend(self.read_bytes_per_s, rate)
                 self._is_changed = True
             for codec, (n_bytes, seconds) in counts["by_codec"].items():

@@ -43,9 +43,10 @@ _ALIGNMENT_BYTES = 64
 # The new prompt that a restore is planned for until the real one is known.
 _EXPECTED_PROMPT_TOKENS = 64
 
-# Before a restore has read so much or so long, what was measured earlier says more about the store.
+# Before a restore has read so much, what was measured earlier says more about the store; unless it
+# is late by more than this many times and seconds.
 _TRUSTED_READ_BYTES = 1 << 20
-_TRUSTED_READ_S = 0.02
+_LATE, _TRUSTED_READ_S = 4.0, 0.05
 
 # How often a wait looks whether the store still gives what it promised, and how much longer than
 # recomputing it may take: giving up throws away what was read.
@@ -314,12 +315,19 @@ class Source:
 
     def _read_rate(self) -> float | None:
         """Return bytes per second that the store gives: in this restore, or as it was before."""
-        counts = self.counts()
+        counts, known = self.counts(), self.costs.read_bytes_per_s
         limit = self.settings.max_read_bytes_per_s or math.inf
-        if counts["read_bytes"] >= _TRUSTED_READ_BYTES or counts["read_wall_s"] >= _TRUSTED_READ_S:
-            return min(limit, max(1.0, counts["read_bytes"]) / max(counts["read_wall_s"], 1e-9))
-        known = self.costs.read_bytes_per_s
-        return min(limit, known) if known is not None else None if limit == math.inf else limit
+        if counts["read_bytes"] >= _TRUSTED_READ_BYTES:
+            return min(limit, counts["read_bytes"] / max(counts["read_wall_s"], 1e-9))
+        if known is None:
+            return None if limit == math.inf else limit
+        known = min(limit, known)
+        # So much has been asked for and would have come long ago, had nothing changed.
+        n_threads = self.settings.n_threads or os.cpu_count() or 1
+        n_asked = counts["read_bytes"] + sum(x.payload_bytes for x in self._begun[:n_threads])
+        if counts["read_wall_s"] > _LATE * n_asked / known + _TRUSTED_READ_S:
+            return n_asked / counts["read_wall_s"]
+        return known
 
     def _left(self) -> list[_Step]:
         """Return the blocks that are wanted and not in yet."""
@@ -510,7 +518,7 @@ class Source:
             restore.close()
         if not self._is_closed:
             self._is_closed = True
-            self.costs.add_restore(self.counts())
+            self.costs.add_restore(self.counts(), self.settings.max_read_bytes_per_s)
             self.costs.save()
         self._drop_files(0)
 

@@ -88,6 +88,14 @@ def test_restores_move_the_rates_half_of_the_way():
     assert book.read_bytes_per_s == 1 << 21
 
 
+def test_a_limit_says_nothing_of_the_store():
+    book = CostBook(None, "disk")
+    book.add_restore(counts(read_bytes=1 << 20, read_wall_s=1.0), max_bytes_per_s=1.1e6)
+    assert book.read_bytes_per_s is None
+    book.add_restore(counts(read_bytes=1 << 20, read_wall_s=1.0), max_bytes_per_s=1e9)
+    assert book.read_bytes_per_s == 1 << 20
+
+
 def test_a_book_is_kept_with_its_store_and_found_again(tmp_path):
     path = tmp_path / ".costs" / "book.json"
     book = CostBook(str(path), "some model")
