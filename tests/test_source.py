@@ -444,8 +444,8 @@ def test_closing_half_way_leaves_nothing_behind(store, llama, restore):
         assert time.perf_counter() - start < 2
     del cache
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == n_files
-    assert threading.active_count() == n_threads
+    assert len(os.listdir("/proc/self/fd")) <= n_files
+    assert threading.active_count() <= n_threads
     assert len(os.listdir("/proc/self/task")) <= n_tasks
 
 
