@@ -189,7 +189,8 @@ class CostBook:
         ----------
         n_layers, n_batch : int
         blocks : iterable of (layers, codec, payload_bytes, decoded_bytes)
-            Two layers in one block are read with the lower one.
+            Two layers in one block are read for as long as the upper one, which is recomputed for
+            fewer tokens, needs it.
         read_bytes_per_s : float
         n_threads : int
             0 means every processor.
@@ -208,7 +209,7 @@ class CostBook:
         n_threads = n_threads or os.cpu_count() or 1
         for layers, codec, payload_bytes, decoded_bytes in blocks:
             rate = self.decode_bytes_per_s(codec) or _UNKNOWN_DECODE_BYTES_PER_S
-            read_s[layers[0]] += payload_bytes / read_bytes_per_s
+            read_s[layers[-1]] += payload_bytes / read_bytes_per_s
             decode_s[list(layers)] += decoded_bytes / rate / n_threads / len(layers)
         return Costs(
             n_layers,
