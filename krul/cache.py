@@ -305,8 +305,6 @@ class Cache(DynamicCache):
             for index, layer in enumerate(self.layers)
             if is_sliding(layer)
         ]
-        if not is_first:
-            started = time.perf_counter()
         n_batch = 0 if token_ids is None else token_ids.shape[0]
         self._feed = _Feed(
             n_before, n_new, sliding, threading.get_ident(), n_batch, started, is_first

@@ -114,6 +114,7 @@ class Source:
         self.problems: list[str] = []
         self._restores: list[_core.Restore] = []
         self._steps: list[_Step] = []
+        self._starts: dict[int, set[int]] = {}  # where their blocks begin, by layer
         self._begun: list[_Step] = []  # those of the first restore, in its order
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
         self._opened = self._begun_at = time.perf_counter()
@@ -217,7 +218,7 @@ class Source:
             if (step := _step_of(entry, fd, segment, buffers)) is not None
         ]
         steps.sort(key=lambda step: step.layers[0])
-        self._steps = steps
+        self._steps, self._starts = steps, _starts_by_layer(steps)
         self._n_tokens = self.n_tokens
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
@@ -311,7 +312,7 @@ class Source:
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
         kinds = [layout.kind for layout in self.manifest.layers]
-        return whole_blocks(wanted, kinds, _starts_by_layer(self._steps), self._n_tokens)
+        return whole_blocks(wanted, kinds, self._starts, self._n_tokens)
 
     def _read_rate(self) -> float | None:
         """Return bytes per second that the store gives: in this restore, or as it was before."""
@@ -343,7 +344,7 @@ class Source:
     def _required(self) -> list[int]:
         """Return the tokens of each layer that are not stored, and so must be recomputed."""
         required = [0] * len(self.manifest.layers)
-        for layer, starts in _starts_by_layer(self._steps).items():
+        for layer, starts in self._starts.items():
             required[layer] = min(self._n_tokens, min(starts))
         for layer in reversed(range(len(required) - 1)):  # what is above needs what is below
             required[layer] = max(required[layer], required[layer + 1])
@@ -438,14 +439,17 @@ class Source:
             raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
 
     def _wait_patiently(self, restore: _core.Restore, layer: int) -> None:
+        started, before = time.perf_counter(), restore.counts()
+        if restore.wait_for(layer, _PATIENCE_POLL_S):
+            return
         forward = self.costs.forward()
         if forward is None:
             return
         recompute_s = forward.seconds(self._n_tokens) * self.manifest.n_batch
         allowed_s = _PATIENCE * recompute_s + _PATIENCE_POLL_S
         n_bytes = sum(step.payload_bytes for step in self._steps)
-        started, before = time.perf_counter(), restore.counts()
-        while not restore.wait_for(layer, _PATIENCE_POLL_S):
+        is_in = False
+        while not is_in:
             counts, waited_s = restore.counts(), time.perf_counter() - started
             n_new = counts["read_bytes"] - before["read_bytes"]
             n_left = n_bytes - counts["read_bytes"]
@@ -454,6 +458,7 @@ class Source:
                     f"{self._path}: the store gave {n_new:,} bytes in {waited_s:.2f} s and "
                     f"{n_left:,} are left; recomputing takes about {recompute_s:.2f} s"
                 )
+            is_in = restore.wait_for(layer, _PATIENCE_POLL_S)
 
     def counts(self) -> dict[str, Any]:
         """Return steps, bytes and seconds so far; see ``_core.Restore.counts``."""
