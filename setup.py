@@ -50,7 +50,7 @@ setup(
             define_macros=[("_GNU_SOURCE", None)],
             extra_compile_args=COMPILE + WARN,
             extra_link_args=LINK,
-            libraries=["m"],
+            libraries=["m", "dl"],
         )
     ],
 )

@@ -3,7 +3,7 @@
  *
  * krul.h - the C library of krul: everything it offers, and the only public header.
  *
- * Sections, in the order in which a conversation meets them: status, view, backend, pool,
+ * Sections, in the order in which a conversation meets them: status, view, backend, pool, blas,
  * estimator, selector, entropy, compressor, store, restore plan, restore. No Python, NumPy or CUDA
  * type appears here. The dimensions have the same names everywhere: n_layers, n_heads, n_kv_heads,
  * n_tokens, head_dim.
@@ -179,6 +179,37 @@ void krul_pool_free(krul_pool *pool);
  * none. If threads cannot be started, the caller's does all the work. */
 void krul_pool_for_each(int n_threads, krul_task task, void *arguments, size_t argument_bytes,
                         int64_t n_tasks);
+
+/* ---- blas ------------------------------------------------------------------------------------ */
+/* Matrix products by a library that is found at run time: nothing is linked, nothing written here
+ * could match it. */
+
+/* An open library whose products have been tried; immutable, for any number of threads. */
+typedef struct krul_blas krul_blas;
+
+/* Load a library (a path, or a name that the system's loader finds), or share the one that the
+ * process has, find its float32 product under one of the known names, and compare a few small
+ * products with plain loops. What cannot be loaded, has no such name or multiplies wrongly is
+ * KRUL_STATUS_UNSUPPORTED with the reason. The library stays loaded for good. */
+krul_status krul_blas_open(const char *path, krul_blas **out, krul_error *err) KRUL_MUST_CHECK;
+
+/* No thread may be in a product. NULL is allowed. */
+void krul_blas_close(krul_blas *blas);
+
+/* The name under which the product was found. */
+const char *krul_blas_symbol(const krul_blas *blas);
+
+/* Does a product stay in the thread that asks for it? Where the library has no way to say so for one
+ * thread alone, it uses as many threads as it uses for everybody. */
+bool krul_blas_is_single_threaded(const krul_blas *blas);
+
+/* C = alpha op(A) op(B) + beta C, row-major: op(A) is m x k, op(B) k x n, C m x n; rows begin ld
+ * floats apart. Where trans_a, A is stored as k x m and op(A) is its transpose; B likewise. With
+ * beta 0, C is not read. C must not overlap A or B. */
+krul_status krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n,
+                            int64_t k, float alpha, const float *a, int64_t lda, const float *b,
+                            int64_t ldb, float beta, float *c, int64_t ldc,
+                            krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- estimator ------------------------------------------------------------------------------- */
 /* How alike do two layers attend, and to what? Krul section 4.1, token-wise heterogeneous: rows of

@@ -76,7 +76,8 @@ def backends() -> dict[str, Any]:
     -------
     dict
         ``chosen``: the name of the table of kernels in use. ``usable``: all that can run here, best
-        first. ``unusable``: the others, each with the reason.
+        first. ``unusable``: the others, each with the reason. ``blas``: the same of the library for
+        matrix products, found by the first call that asks; ``chosen`` None if there is none.
 
     Examples
     --------
@@ -85,7 +86,7 @@ def backends() -> dict[str, Any]:
     >>> found["chosen"] in found["usable"]
     True
     """
-    from . import _core
+    from . import _core, blas
 
     tables = _core.backends()
     return {
@@ -95,6 +96,7 @@ def backends() -> dict[str, Any]:
             **{name: "not for this processor" for name, is_usable, _ in tables if not is_usable},
             "cuda": "not in this version",
         },
+        "blas": blas.about(),
     }
 
 

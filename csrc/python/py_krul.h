@@ -55,7 +55,11 @@ void py_krul_release(py_krul_borrowed *borrowed);
  * krul_store_entry's fields. Returns 0, or -1 with a TypeError or ValueError. */
 int py_krul_entry_from_tuple(PyObject *tuple, krul_store_entry *out);
 
+/* The open library in a capsule of blas_open; NULL with an exception. */
+const krul_blas *py_krul_blas(PyObject *capsule);
+
 /* Method tables, one per concept, ended by a zero entry. */
+extern PyMethodDef py_blas_methods[];
 extern PyMethodDef py_entropy_methods[];
 extern PyMethodDef py_estimator_methods[];
 extern PyMethodDef py_selector_methods[];

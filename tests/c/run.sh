@@ -46,11 +46,35 @@ if ((${#pending[@]})); then
         sh "$out" {} "$compiler" "${flags[@]}"
 fi
 
+# Libraries for test_blas.c, each right or wrong in its own way; without sanitizers, as real ones are.
+stubs=(
+    "none"
+    "cblas -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t"
+    "cblas_64 -DSTUB_CBLAS=scipy_cblas_sgemm64_ -DSTUB_INTEGER=int64_t"
+    "cblas_wide -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int64_t"
+    "fortran -DSTUB_FORTRAN=sgemm_ -DSTUB_INTEGER=int32_t"
+    "fortran_64 -DSTUB_FORTRAN=sgemm_64_ -DSTUB_INTEGER=int64_t"
+    "fortran_wide -DSTUB_FORTRAN=sgemm_ -DSTUB_INTEGER=int64_t"
+    "counts -DSTUB_FORTRAN=SGEMM_64 -DSTUB_INTEGER=int64_t -DSTUB_COUNTS_THREADS"
+    "ignores_beta -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_IGNORES_BETA"
+    "reads_c -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_READS_C"
+    "writes_beside -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_WRITES_BESIDE"
+    "mixed_up -DSTUB_FORTRAN=sgemm_ -DSTUB_INTEGER=int32_t -DSTUB_MIXED_UP"
+)
+for stub in "${stubs[@]}"; do
+    read -ra words <<<"$stub"
+    library=$out/libstub_${words[0]}.so
+    if [[ ! $library -nt tests/c/stub_blas.c || ! $library -nt tests/c/run.sh ]]; then
+        "$compiler" -std=c11 -O1 -g -fPIC -shared -Wall -Wextra -Werror "${words[@]:1}" \
+            tests/c/stub_blas.c -o "$library"
+    fi
+done
+
 n_passed=0 failed=()
 if (($#)); then tests=("${@/#/tests/c/test_}") && tests=("${tests[@]/%/.c}"); else tests=(tests/c/test_*.c); fi
 for test in "${tests[@]}"; do
     program=$out/$(basename "$test" .c)
-    "$compiler" "${flags[@]}" -Icsrc -Itests/c "$test" "${objects[@]}" -o "$program" -lm
+    "$compiler" "${flags[@]}" -Icsrc -Itests/c "$test" "${objects[@]}" -o "$program" -lm -ldl
     printf '%s: ' "$(basename "$program")"
     if ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1} TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1} \
         "$program"; then

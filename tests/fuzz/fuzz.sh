@@ -34,12 +34,12 @@ flags=(-std=c11 -D_GNU_SOURCE -O1 -g -ffp-contract=off -pthread -Icsrc
 for name in "${names[@]}"; do
     sources=("tests/fuzz/fuzz_$name.c" csrc/*.c csrc/kernels/*.c)
     if [[ -n $seconds ]]; then
-        "$compiler" "${flags[@]}" -fsanitize=fuzzer -o "$out/fuzz_$name" "${sources[@]}" -lm
+        "$compiler" "${flags[@]}" -fsanitize=fuzzer -o "$out/fuzz_$name" "${sources[@]}" -lm -ldl
         mkdir -p "$out/$name"
         "$out/fuzz_$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=8192 \
             -print_final_stats=1 -artifact_prefix="$out/" "$out/$name" "tests/fuzz/corpus/$name"
     else
-        "$compiler" "${flags[@]}" -o "$out/replay_$name" tests/fuzz/replay.c "${sources[@]}" -lm
+        "$compiler" "${flags[@]}" -o "$out/replay_$name" tests/fuzz/replay.c "${sources[@]}" -lm -ldl
         printf '%s: ' "$name"
         "$out/replay_$name" "tests/fuzz/corpus/$name" tests/data/golden tests/data/malformed
     fi
