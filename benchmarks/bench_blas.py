@@ -151,8 +151,8 @@ def main() -> None:
         notes=[
             "float32, all in the caches or not as the shapes have it; fastest of the runs, the two "
             "sides taking turns",
-            "two threads: two products at once, one from each thread, beside the same two one after "
-            "the other by torch.matmul with two threads",
+            "two threads: two products at once, one from each thread, beside the same two by "
+            "torch.matmul with two threads, one after the other",
         ],
         is_quick=options.quick,
         path=options.json,

@@ -54,6 +54,11 @@ struct krul_backend {
     bool (*entropy_decode_chunks)(const uint32_t *slots, const krul_entropy_chunk *chunks,
                                   size_t n_chunks);
 
+    /* Decode the values of a column stream, that of an escape as 128, and say whether there is one.
+     * Trusts nothing in its bytes: false on a damaged one, and then the values may be partly
+     * written. */
+    bool (*entropy_decode_columns)(const krul_entropy_columns *columns, bool *has_escape_out);
+
     /* Split n elements of a dtype into the plane that is entropy-coded (one byte each) and the
      * plane that is kept (krul_dtype_bytes - 1 bytes each), and join them again, after adding a
      * byte to every coded one. */

@@ -182,8 +182,8 @@ table_read(const uint8_t *bytes, size_t n_bytes, krul_entropy_table *out, krul_e
 
 /* ---- encoder ---- */
 
-static void
-encoder_init(const krul_entropy_table *table, krul_entropy_encoder_symbol encoder[N_SYMBOLS])
+void
+krul_entropy_encoder_init(const krul_entropy_table *table, krul_entropy_encoder_symbol encoder[256])
 {
     uint32_t start = 0;
     for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
@@ -331,7 +331,7 @@ krul_entropy_encode_counted(const krul_backend *backend, const uint8_t *symbols,
                            scratch_bytes);
         goto done;
     }
-    encoder_init(&table, encoder);
+    krul_entropy_encoder_init(&table, encoder);
     size_t chunks_bytes = 0;
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
         size_t first = chunk * chunk_symbols;

@@ -48,6 +48,26 @@ typedef struct krul_entropy_encoder_symbol {
     uint16_t start; /* sum of the frequencies of lower symbols */
 } krul_entropy_encoder_symbol;
 
+/* What encoding each symbol of a table takes. */
+void krul_entropy_encoder_init(const krul_entropy_table *table,
+                               krul_entropy_encoder_symbol encoder[256]);
+
+/* Encode one symbol, backwards: returns where the words now begin. The two bytes below `out` are
+ * scribbled on; there is no branch, because it would be a coin toss. */
+static inline uint8_t *
+krul_entropy_put(const krul_entropy_encoder_symbol *symbol, uint32_t *state_in_out, uint8_t *out)
+{
+    uint32_t state = *state_in_out;
+    uint32_t is_high = state >= symbol->limit;
+    out[-2] = (uint8_t)state;
+    out[-1] = (uint8_t)(state >> 8);
+    out -= 2 * is_high;
+    state >>= 16 * is_high;
+    uint32_t quotient = (uint32_t)((state * symbol->reciprocal) >> KRUL_ENTROPY_RECIPROCAL_BITS);
+    *state_in_out = state + symbol->start + quotient * symbol->complement;
+    return out;
+}
+
 /* One chunk of an entropy stream, and where its symbols go. */
 typedef struct krul_entropy_chunk {
     const uint8_t *bytes;
@@ -55,6 +75,26 @@ typedef struct krul_entropy_chunk {
     uint8_t *symbols_out;
     size_t n_symbols;
 } krul_entropy_chunk;
+
+enum {
+    KRUL_ENTROPY_COLUMNS_HEADER_BYTES = 8,
+    KRUL_ENTROPY_ZERO = 127, /* the symbol of the value 0 in a column stream */
+    KRUL_ENTROPY_ESCAPE = 255, /* the symbol of a value that stands in the list of escapes */
+    KRUL_ENTROPY_NO_SYMBOLS = 255, /* the class of a column of zeros */
+};
+
+/* The states and words of a column stream, and where its values go. */
+typedef struct krul_entropy_columns {
+    const uint8_t *bytes;
+    size_t n_bytes;
+    const uint32_t *slots; /* of table 0, then of table 1, ... */
+    int32_t n_tables;
+    const uint8_t *column_class; /* n_columns */
+    const int8_t *token_shift; /* n_tokens, or NULL for zeros */
+    size_t n_columns;
+    size_t n_tokens;
+    float *out; /* n_columns x n_tokens */
+} krul_entropy_columns;
 
 /* A parsed stream; borrows its bytes. */
 typedef struct krul_entropy_reader {

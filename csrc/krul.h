@@ -308,6 +308,42 @@ krul_status krul_entropy_decode(const krul_backend *backend, const uint8_t *stre
                                 uint8_t *symbols_out, size_t n_symbols,
                                 krul_error *err) KRUL_MUST_CHECK;
 
+/* Several tables, made ready for both directions; immutable, for any number of threads. */
+typedef struct krul_entropy_tables krul_entropy_tables;
+
+enum { KRUL_ENTROPY_MAX_TABLES = 64, KRUL_ENTROPY_MAX_COLUMN_VALUES = 1 << 29 };
+
+/* 1 to KRUL_ENTROPY_MAX_TABLES tables, each of which must give every symbol a frequency of at least
+ * 1 and sum to 1 << KRUL_ENTROPY_PROBABILITY_BITS. */
+krul_status krul_entropy_tables_new(const krul_entropy_table *tables, int32_t n_tables,
+                                    krul_entropy_tables **out, krul_error *err) KRUL_MUST_CHECK;
+
+/* NULL is allowed. */
+void krul_entropy_tables_free(krul_entropy_tables *tables);
+
+/* Most bytes that encoding that many values can take; 0 for more than
+ * KRUL_ENTROPY_MAX_COLUMN_VALUES or a negative number. */
+size_t krul_entropy_columns_bound(int64_t n_columns, int64_t n_tokens);
+
+/* Encode n_columns x n_tokens whole numbers, a column after the other. The value of a column c and a
+ * token t is coded by table clamp(column_class[c] + token_shift[t], 0, n_tables - 1); token_shift
+ * may be NULL, which is all zeros; a column of class 255 holds nothing but zeros and takes no
+ * symbols. Neither array is in the stream. */
+krul_status krul_entropy_encode_columns(const krul_entropy_tables *tables, const int32_t *values,
+                                        int64_t n_columns, int64_t n_tokens,
+                                        const uint8_t *column_class, const int8_t *token_shift,
+                                        uint8_t *out, size_t capacity_bytes, size_t *n_bytes_out,
+                                        krul_error *err) KRUL_MUST_CHECK;
+
+/* The inverse, to float32, to which values beyond 2^24 are rounded; with the same tables, classes
+ * and shifts. A stream that does not come out even is KRUL_STATUS_CORRUPT, and `out` may then be
+ * partly written. */
+krul_status krul_entropy_decode_columns(const krul_backend *backend,
+                                        const krul_entropy_tables *tables, const uint8_t *stream,
+                                        size_t n_bytes, int64_t n_columns, int64_t n_tokens,
+                                        const uint8_t *column_class, const int8_t *token_shift,
+                                        float *out, krul_error *err) KRUL_MUST_CHECK;
+
 /* ---- compressor ------------------------------------------------------------------------------ */
 /* One table of codecs. A block is a run of tokens of one tensor (K or V) of one layer, or of two
  * layers that share. Encoding and decoding a block are single-threaded; blocks run in parallel. */

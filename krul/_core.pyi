@@ -58,6 +58,23 @@ def fixed_pairs(layer_class: npt.NDArray[np.int32], n_pairs: int) -> npt.NDArray
 def pair_count(n_layers: int, ratio: float) -> int: ...
 def entropy_encode(symbols: _Buffer, /, backend: str | None = None) -> bytes: ...
 def entropy_decode(stream: _Buffer, n_symbols: int, /, backend: str | None = None) -> bytes: ...
+def entropy_encode_columns(
+    values: npt.NDArray[np.int32],
+    tables: npt.NDArray[np.uint16],
+    column_class: npt.NDArray[np.uint8],
+    token_shift: npt.NDArray[np.int8] | None = None,
+    /,
+) -> bytes: ...
+def entropy_decode_columns(
+    stream: _Buffer,
+    out: npt.NDArray[np.float32],
+    tables: npt.NDArray[np.uint16],
+    column_class: npt.NDArray[np.uint8],
+    token_shift: npt.NDArray[np.int8] | None = None,
+    backend: str | None = None,
+    n_repeats: int = 1,
+    /,
+) -> None: ...
 def encode_blocks(
     jobs: Sequence[tuple[int, int, Sequence[_Array]]],
     n_threads: int = 0,

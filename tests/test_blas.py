@@ -1,4 +1,4 @@
-"""Products of every library that is there against float64 NumPy, and libraries that do not serve."""
+"""Products of every library that is there against float64 NumPy; libraries that do not serve."""
 
 import os
 import threading
