@@ -275,9 +275,7 @@ def _difference(rotary: Rotary, keys: dict[int, torch.Tensor]) -> float:
     for shift, rotated in keys.items():
         tables = rotary.tables(np.arange(shift, shift + rotated.shape[1]))
         cos, sin = (torch.from_numpy(table).double() for table in tables)
-        one = unrotate(
-            rotated.double(), cos, sin, convention=rotary.convention, start=rotary.start
-        )
+        one = unrotate(rotated.double(), cos, sin, convention=rotary.convention, start=rotary.start)
         if first is None:
             first = one
             continue
