@@ -447,7 +447,7 @@ def fit(
         profile = solve(state.moments, metrics, size, sensitivities=costs, rank=rank)
         bar.set_description_str("counting integers")
         longest = max(pieces, key=len)
-        profile = _count(inner, profile, state.moments, longest, keep_first, device)
+        profile = _count(inner, profile, longest, keep_first, device)
         bar.update()
     book.remove()
     return profile
@@ -465,6 +465,15 @@ def _add(moments: Moments, states: States, tap: _QueryTap, keep_first: int) -> N
         {layer: values[0, :, keep_first:] for layer, (_, values) in states.items()},
         np.arange(keep_first, n_tokens),
         queries,
+    )
+
+
+def _rows_of(form: ModelForm, states: States, positions: np.ndarray) -> dict[int, torch.Tensor]:
+    return Moments.rows_of(
+        form,
+        {layer: keys[0] for layer, (keys, _) in states.items()},
+        {layer: values[0] for layer, (_, values) in states.items()},
+        positions,
     )
 
 
@@ -492,8 +501,7 @@ def _costs(
     history, scored = ids[:, :-n_scored], ids[:, -n_scored:]
     states, _ = _prefill(inner, history)
     positions = np.arange(history.shape[1])
-    plain = [{layer: pair[kind][0] for layer, pair in states.items()} for kind in (0, 1)]
-    rows = Moments.rows_of(profile.form, *plain, positions)
+    rows = _rows_of(profile.form, states, positions)
     coded = restored(profile.form, code(profile, rows, _SENSITIVITY_STEP, keep_first), positions)
     exact = _logits(inner, scored, states)
     out = np.zeros((2, len(profile.layers)))
@@ -514,7 +522,6 @@ def _costs(
 def _count(
     inner: torch.nn.Module,
     profile: Profile,
-    moments: Moments,
     piece: list[int],
     keep_first: int,
     device: torch.device,
@@ -522,8 +529,7 @@ def _count(
     """Return the profile with tables counted from its own coefficients of one piece."""
     ids = torch.tensor([piece[:_TABLE_TOKENS]], device=device)
     states, _ = _prefill(inner, ids)
-    plain = [{layer: pair[kind][0] for layer, pair in states.items()} for kind in (0, 1)]
-    rows = Moments.rows_of(moments.form, *plain, np.arange(ids.shape[1]))
+    rows = _rows_of(profile.form, states, np.arange(ids.shape[1]))
     counts = np.zeros((len(TABLE_SCALES), N_SYMBOLS))
     for step in _TABLE_STEPS:
 

@@ -566,7 +566,7 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
             "positive"
         )
     wanted = counts / counts.sum() * TABLE_TOTAL
-    # What is raised to 1 is taken from the others in proportion; which those are shows step by step.
+    # What is raised to 1 is taken from the others in proportion, which may bring more below 1.
     is_raised = np.zeros(N_SYMBOLS, bool)
     while True:
         room = TABLE_TOTAL - is_raised.sum()
