@@ -394,7 +394,10 @@ def fit(
         raise TypeError("texts is a str but must be a list of them")
     inner = generation_model(model)
     form = model_form(inner)
-    pieces = _pieces(tokenizer, texts, max_tokens, context_tokens, keep_first)
+    # Beyond what the model was made for, some fail and the others say nothing of conversations.
+    limit = getattr(text_config(inner), "max_position_embeddings", None)
+    longest = min(context_tokens, limit) if isinstance(limit, int) and limit > 0 else context_tokens
+    pieces = _pieces(tokenizer, texts, max_tokens, longest, keep_first)
     _check_size(form, pieces, keep_first)
     key = {
         "model": form.fingerprint.exact,
@@ -446,8 +449,7 @@ def fit(
         bar.set_description_str("solving")
         profile = solve(state.moments, metrics, size, sensitivities=costs, rank=rank)
         bar.set_description_str("counting integers")
-        longest = max(pieces, key=len)
-        profile = _count(inner, profile, longest, keep_first, device)
+        profile = _count(inner, profile, max(pieces, key=len), keep_first, device)
         bar.update()
     book.remove()
     return profile

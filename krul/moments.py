@@ -189,8 +189,12 @@ def model_form(model: Any) -> ModelForm:
     ------
     krul.UnsupportedModelError
         krul cannot keep its cache, or no layer has keys that can be un-rotated.
+    ValueError
+        Its K and V are not finite.
     """
     found = fingerprint(model)
+    if not np.isfinite(found.behaviour).all():
+        raise ValueError("K and V of the model are not finite on a prompt of 16 tokens")
     rotary, reasons = find_rotary(model)
     classes = layer_classes(model)
     layers: list[LearnedLayer | None] = []

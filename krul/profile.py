@@ -279,7 +279,7 @@ class Profile:
         max_tokens : int
             Tokens that are used; long texts give more than one piece, in turn.
         context_tokens : int
-            Tokens of the longest piece.
+            Tokens of the longest piece, but no more than the positions that the model is made for.
         keep_first : int
             Tokens at the start of each piece that are left out: they are kept exact anyway.
         rank : int, "full" or None

@@ -195,6 +195,11 @@ def test_pieces_take_turns():
     assert [len(piece) for piece in cut] == [100, 100, 30]
 
 
+def test_pieces_are_no_longer_than_the_model_allows():
+    model = tiny("gptj", max_position_embeddings=128)
+    fit(model, tokenizer, made_texts(4, 400), **{**OPTIONS, "context_tokens": 1000})
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "words"),
     [
@@ -223,11 +228,11 @@ def test_texts_are_strings(model):
 
 
 @pytest.mark.parametrize("where", ["k_proj", "v_proj"])
-def test_not_finite_is_named(where):
+def test_a_broken_model_is_refused(where):
     model = tiny("llama")
     with torch.no_grad():
         getattr(model.model.layers[1].self_attn, where).weight[0, 0] = float("inf")
-    with pytest.raises((ValueError, krul.UnsupportedModelError), match="layer"):
+    with pytest.raises(ValueError, match="K and V of the model are not finite"):
         fit(model, tokenizer, made_texts(), **OPTIONS)
 
 

@@ -137,7 +137,15 @@ def test_unknown_conversation_is_wrong_use(command, store_with_one, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["calibrate"], ["frobnicate"], ["ls", "--frobnicate"], ["inspect"], ["rm"], ["demo", "extra"]],
+    [
+        [],
+        ["calibrate"],
+        ["frobnicate"],
+        ["ls", "--frobnicate"],
+        ["inspect"],
+        ["rm"],
+        ["demo", "extra"],
+    ],
     ids=" ".join,
 )
 def test_wrong_use(arguments, capsys):
