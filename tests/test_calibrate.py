@@ -1,4 +1,4 @@
-"""krul.calibrate: texts in, a profile out; what is interrupted goes on, what is wrong is refused."""
+"""krul.calibrate: texts in, a profile out; what was interrupted goes on, wrong input is refused."""
 
 import json
 import random
@@ -190,7 +190,7 @@ def test_pieces_take_turns():
     texts = ["a" * 250, "b" * 120, "c" * 10]
     pieces = calibrate._pieces(tokenizer, texts, 10_000, 100, 4)
     letters = [(chr(piece[0] - 3), len(piece)) for piece in pieces]
-    assert [("a", 100), ("b", 100), ("a", 100), ("b", 20), ("a", 50)] == letters
+    assert letters == [("a", 100), ("b", 100), ("a", 100), ("b", 20), ("a", 50)]
     cut = calibrate._pieces(tokenizer, texts, 230, 100, 4)
     assert [len(piece) for piece in cut] == [100, 100, 30]
 
@@ -306,9 +306,10 @@ def half(model, tmp_path, monkeypatch):
     def stop(*arguments):
         raise Interrupted
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(calibrate, "_costs", stop)
-        fit(model, tokenizer, made_texts(), checkpoint=path, **OPTIONS)
+        with pytest.raises(Interrupted):
+            fit(model, tokenizer, made_texts(), checkpoint=path, **OPTIONS)
     return path
 
 
