@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import compressor, estimator, restore, selector
     from .cache import Cache
     from .hooks import attach
+    from .profile import Profile
     from .store import Store
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "KrulError",
     "MismatchError",
     "Problem",
+    "Profile",
     "RestoreReport",
     "SaveReport",
     "Settings",
@@ -60,6 +62,7 @@ __all__ = [
 # Name: the module that has it, and the name there; None is the module itself.
 _LAZY = {
     "Cache": ("cache", "Cache"),
+    "Profile": ("profile", "Profile"),
     "Store": ("store", "Store"),
     "attach": ("hooks", "attach"),
     "compressor": ("compressor", None),

@@ -173,11 +173,62 @@ def _bench(options: argparse.Namespace) -> int:
     return GOOD
 
 
+def _texts(paths: Sequence[str]) -> list[str]:
+    out = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                out.append(file.read())
+        except UnicodeDecodeError as error:
+            raise _WrongUseError(f"{path} is no UTF-8 text: {error}") from error
+        except FileNotFoundError as error:
+            raise _WrongUseError(f"{path} is not there") from error
+    return out
+
+
 def _calibrate(options: argparse.Namespace) -> int:
-    raise _WrongUseError(
-        "calibrate fits the profile that the codec predict needs, and this version has no predict; "
-        "nothing is to be calibrated for the other codecs"
+    folder = os.path.dirname(os.path.abspath(options.out))
+    if not os.path.isdir(folder):  # found out now, not after minutes of work
+        raise _WrongUseError(f"--out is {options.out} but {folder} is no directory")
+    texts = _texts(options.texts)
+    import transformers
+
+    from .profile import Profile
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    start = time.perf_counter()
+    profile = Profile.fit(
+        model.eval(),
+        tokenizer,
+        texts,
+        checkpoint=f"{options.out}.checkpoint",
+        max_tokens=options.max_tokens,
+        rank=options.rank,
     )
+    profile.save(options.out)
+    result = {
+        "path": options.out,
+        **profile.to_dict(),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if options.json:
+        _print_json(result)
+        return GOOD
+    print(
+        f"{options.out}: {_bytes(profile.n_bytes)}, {result['n_layers_learned']} of "
+        f"{result['n_layers']} layers from {profile.n_tokens:,} tokens in {result['seconds']:.0f} s"
+    )
+    maps = "whole" if profile.rank is None else f"of rank {profile.rank}"
+    print(", ".join(f"{part} {_bytes(size)}" for part, size in profile.sizes.items()))
+    print(f"maps are stored {maps}; the profile's digest is {profile.digest}")
+    for reason in result["reasons"]:
+        print(f"left out: {reason}")
+    return GOOD
+
+
+def _rank(words: str) -> int | str:
+    return words if words == "full" else int(words)
 
 
 # ---- the parser ----------------------------------------------------------------------------------
@@ -215,7 +266,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--work", metavar="DIRECTORY", help="keep the store and all figures there")
     command.add_argument("--act", help=argparse.SUPPRESS)
 
-    add("calibrate", _calibrate, "fit the profile that codec predict needs", is_in_store=False)
+    command = add(
+        "calibrate", _calibrate, "fit the profile that codec predict needs", is_in_store=False
+    )
+    command.add_argument("model", help="a folder or a name that from_pretrained takes")
+    command.add_argument(
+        "--texts", nargs="+", required=True, metavar="FILE", help="UTF-8, of many kinds"
+    )
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="the profile; PATH.checkpoint holds what is done until it is there",
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="that the model will be used in (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-tokens", type=int, default=40_960, metavar="N", help="(default: %(default)s)"
+    )
+    command.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="N",
+        help="of the prediction maps, or 'full' (default: full, or what is 1 %% of the model)",
+    )
     add("ls", _ls, "list conversations")
     command = add("inspect", _inspect, "what is known of one conversation")
     command.add_argument("conversation")

@@ -117,6 +117,7 @@ def run_python(code):
         "krul.compressor",
         "krul.estimator",
         "krul.plan",
+        "krul.profile",
         "krul.selector",
         "krul.store",
     ],

@@ -20,6 +20,10 @@ def good(model: Any) -> dict[str, Any]:
         problems: list[krul.Problem] = store.verify()
     handle = krul.attach(model)
     handle.detach()
+    profile = krul.Profile.fit(model, None, ["text"], rank="full")
+    profile.save("profile")
+    if (layer := krul.Profile.load("profile").layers[0]) is not None:
+        n_kept += layer.width
     return {**report.to_dict(), **restored.to_dict(), "tokens": tokens, "problems": problems}
 
 
@@ -29,4 +33,5 @@ def bad(model: Any, store: krul.Store) -> None:
     krul.Settings(codecs="int4")  # type: ignore[call-arg]
     store.open(42, model)  # type: ignore[arg-type]
     store.list().n_tokens  # type: ignore[attr-defined]  # noqa: B018
+    krul.Profile.fit(model, None, ["text"], ranks=3)  # type: ignore[call-arg]
     krul.backends().chosen  # type: ignore[attr-defined]  # noqa: B018
