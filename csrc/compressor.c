@@ -9,8 +9,8 @@
 #include "internal.h"
 
 static const krul_codec_ops *const codecs[] = {
-    &krul_codec_exact, &krul_codec_int8,       &krul_codec_int4,
-    &krul_codec_share, &krul_codec_share_int8, &krul_codec_share_int4,
+    &krul_codec_exact,      &krul_codec_int8,       &krul_codec_int4,    &krul_codec_share,
+    &krul_codec_share_int8, &krul_codec_share_int4, &krul_codec_predict,
 };
 
 static const char *const view_names[KRUL_COMPRESSOR_MAX_VIEWS] = {"views[0]", "views[1]"};
@@ -38,6 +38,18 @@ krul_codec_n_layers(krul_codec codec)
 {
     const krul_codec_ops *ops = find_codec(codec);
     return ops == NULL ? 0 : ops->n_layers;
+}
+
+/* Can its blocks be coded one by one? */
+static krul_status
+check_is_alone(const krul_codec_ops *ops, krul_error *err)
+{
+    if (ops->encode == NULL) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "codec '%s' codes chains of layers with a profile, not lone blocks",
+                         ops->name);
+    }
+    return KRUL_STATUS_OK;
 }
 
 static bool
@@ -150,7 +162,7 @@ krul_compressor_bound(const krul_view *views, int n_views, size_t *n_bytes_out, 
     size_t largest = 0;
     KRUL_TRY(check_views(views, n_views, false, err));
     for (size_t i = 0; i < KRUL_LENGTH(codecs); i++) {
-        if (!takes_n_views(codecs[i], n_views)) {
+        if (!takes_n_views(codecs[i], n_views) || codecs[i]->bound == NULL) {
             continue;
         }
         for (int kv = KRUL_KV_KEY; kv <= KRUL_KV_VALUE; kv++) {
@@ -202,6 +214,7 @@ krul_compressor_encode(const krul_backend *backend, krul_codec codec, krul_kv kv
     if (ops == NULL) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "codec is %d, which is no codec", (int)codec);
     }
+    KRUL_TRY(check_is_alone(ops, err));
     KRUL_TRY(check_kv(kv, err));
     KRUL_TRY(check_views(views, n_views, false, err));
     KRUL_TRY(check_n_views(ops, n_views, err));
@@ -238,6 +251,7 @@ krul_compressor_decode(const krul_backend *backend, krul_codec codec, krul_kv kv
     if (ops == NULL) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "codec is %d, which is no codec", (int)codec);
     }
+    KRUL_TRY(check_is_alone(ops, err));
     KRUL_TRY(check_kv(kv, err));
     KRUL_TRY(check_views(views, n_views, true, err));
     KRUL_TRY(check_n_views(ops, n_views, err));

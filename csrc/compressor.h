@@ -40,5 +40,6 @@ extern const krul_codec_ops krul_codec_int4;
 extern const krul_codec_ops krul_codec_share;
 extern const krul_codec_ops krul_codec_share_int8;
 extern const krul_codec_ops krul_codec_share_int4;
+extern const krul_codec_ops krul_codec_predict; /* a name without functions */
 
 #endif /* KRUL_COMPRESSOR_H */

@@ -15,11 +15,11 @@ enum {
     N_SYMBOLS = 256,
     STARTS_BYTES = KRUL_ENTROPY_COLUMNS_HEADER_BYTES + KRUL_ENTROPY_STATES_BYTES,
     MAX_ESCAPE_BYTES = 5,
-    MIN_ESCAPE_BYTES = 2, /* what fits one byte is no escape */
 };
 
 struct krul_entropy_tables {
     int32_t n_tables;
+    krul_entropy_table *tables;
     uint32_t *slots; /* n_tables x KRUL_ENTROPY_N_SLOTS */
     krul_entropy_encoder_symbol (*encoders)[N_SYMBOLS];
 };
@@ -38,29 +38,31 @@ krul_entropy_tables_new(const krul_entropy_table *tables, int32_t n_tables,
         uint32_t sum = 0;
         for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
             sum += tables[table].frequency[symbol];
-            if (tables[table].frequency[symbol] == 0) {
-                return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                                 "table %d gives symbol %d the frequency 0, but any may occur",
-                                 (int)table, symbol);
-            }
+        }
+        if (tables[table].frequency[KRUL_ENTROPY_ESCAPE] == 0) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "table %d gives escapes the frequency 0, but any value may occur",
+                             (int)table);
         }
         if (sum != KRUL_ENTROPY_N_SLOTS) {
             return krul_fail(err, KRUL_STATUS_BAD_VALUE, "table %d sums to %u, not to %d",
                              (int)table, (unsigned)sum, (int)KRUL_ENTROPY_N_SLOTS);
         }
     }
-    /* At most 64 tables of 16 KiB and 4 KiB: no product of sizes here can overflow. */
+    /* At most 64 tables of 16 KiB, 4 KiB and 512 bytes: no product of sizes here can overflow. */
     made = calloc(1, sizeof *made);
     if (made != NULL) {
         made->n_tables = n_tables;
+        made->tables = malloc((size_t)n_tables * sizeof *made->tables);
         made->slots = malloc((size_t)n_tables * KRUL_ENTROPY_N_SLOTS * sizeof *made->slots);
         made->encoders = malloc((size_t)n_tables * sizeof *made->encoders);
     }
-    if (made == NULL || made->slots == NULL || made->encoders == NULL) {
+    if (made == NULL || made->tables == NULL || made->slots == NULL || made->encoders == NULL) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %d entropy tables",
                            (int)n_tables);
         goto done;
     }
+    memcpy(made->tables, tables, (size_t)n_tables * sizeof *tables);
     uint32_t *slot = made->slots;
     for (int32_t table = 0; table < n_tables; table++) {
         krul_entropy_encoder_init(&tables[table], made->encoders[table]);
@@ -82,6 +84,7 @@ void
 krul_entropy_tables_free(krul_entropy_tables *tables)
 {
     if (tables != NULL) {
+        free(tables->tables);
         free(tables->slots);
         free(tables->encoders);
         free(tables);
@@ -123,11 +126,26 @@ krul_entropy_columns_bound(int64_t n_columns, int64_t n_tokens)
 
 /* ---- encoder ---- */
 
-static uint32_t
-symbol_of(int32_t value)
+static inline int32_t
+table_of(const krul_entropy_tables *tables, uint8_t column_class, int32_t shift)
+{
+    int32_t table = column_class + shift;
+    return table < 0 ? 0 : table < tables->n_tables ? table : tables->n_tables - 1;
+}
+
+static inline int32_t
+shift_of(const int8_t *token_shift, size_t token)
+{
+    return token_shift != NULL ? token_shift[token] : 0;
+}
+
+/* The symbol of a value, if its table has that; else the escape. */
+static inline uint32_t
+symbol_of(const krul_entropy_table *table, int32_t value)
 {
     uint32_t symbol = (uint32_t)value + KRUL_ENTROPY_ZERO;
-    return symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE;
+    bool has_symbol = symbol < KRUL_ENTROPY_ESCAPE && table->frequency[symbol] != 0;
+    return has_symbol ? symbol : KRUL_ENTROPY_ESCAPE;
 }
 
 /* Zigzag, then seven bits to a byte, the lowest first, the top bit set on all but the last. */
@@ -155,9 +173,8 @@ encode_words(const krul_entropy_tables *tables, const int32_t *values, size_t n_
             continue;
         }
         for (size_t token = n_tokens; token-- > 0;) {
-            int32_t table = column_class[column] + (token_shift != NULL ? token_shift[token] : 0);
-            table = table < 0 ? 0 : table < tables->n_tables ? table : tables->n_tables - 1;
-            uint32_t symbol = symbol_of(values[column * n_tokens + token]);
+            int32_t table = table_of(tables, column_class[column], shift_of(token_shift, token));
+            uint32_t symbol = symbol_of(&tables->tables[table], values[column * n_tokens + token]);
             out = krul_entropy_put(&tables->encoders[table][symbol],
                                    &states[token % KRUL_ENTROPY_N_LANES], out);
         }
@@ -207,10 +224,15 @@ krul_entropy_encode_columns(const krul_entropy_tables *tables, const int32_t *va
     }
     uint8_t *escapes = out + STARTS_BYTES + words_bytes;
     uint32_t n_escapes = 0;
-    for (size_t i = 0; i < n_values; i++) {
-        if (symbol_of(values[i]) == KRUL_ENTROPY_ESCAPE) {
-            escapes = escape_write(values[i], escapes);
-            n_escapes++;
+    for (size_t column = 0; column < (size_t)n_columns; column++) {
+        for (size_t token = 0;
+             token < (size_t)n_tokens && column_class[column] != KRUL_ENTROPY_NO_SYMBOLS; token++) {
+            int32_t table = table_of(tables, column_class[column], shift_of(token_shift, token));
+            int32_t value = values[column * (size_t)n_tokens + token];
+            if (symbol_of(&tables->tables[table], value) == KRUL_ENTROPY_ESCAPE) {
+                escapes = escape_write(value, escapes);
+                n_escapes++;
+            }
         }
     }
     krul_store_u32(out, n_escapes);
@@ -221,8 +243,7 @@ krul_entropy_encode_columns(const krul_entropy_tables *tables, const int32_t *va
 
 /* ---- decoder ---- */
 
-/* The next escape, or false for one that is cut off, longer than it need be, beyond 32 bits, or so
- * small that it has a symbol of its own. */
+/* The next escape, or false for one that is cut off, longer than it need be, or beyond 32 bits. */
 static bool
 escape_read(const uint8_t **bytes, const uint8_t *end, int32_t *out)
 {
@@ -238,33 +259,40 @@ escape_read(const uint8_t **bytes, const uint8_t *end, int32_t *out)
             int64_t value = (int64_t)(zigzag >> 1) ^ -(int64_t)(zigzag & 1);
             *bytes = at;
             *out = (int32_t)value;
-            return zigzag <= UINT32_MAX && (i == 0 || byte != 0) &&
-                   symbol_of((int32_t)value) == KRUL_ENTROPY_ESCAPE;
+            return zigzag <= UINT32_MAX && (i == 0 || byte != 0);
         }
     }
     return false;
 }
 
-/* Put the escapes where the decoder left their marks; all must be used. */
+/* Put the escapes where the decoder left their marks; all must be used, and none may be a value that
+ * its table has. */
 static krul_status
-patch_escapes(const uint8_t *bytes, size_t n_bytes, uint32_t n_escapes, size_t n_values, float *out,
-              krul_error *err)
+patch_escapes(const krul_entropy_tables *tables, const krul_entropy_columns *columns,
+              const uint8_t *bytes, size_t n_bytes, uint32_t n_escapes, krul_error *err)
 {
     const float mark = KRUL_ENTROPY_ESCAPE - KRUL_ENTROPY_ZERO;
     const uint8_t *end = bytes + n_bytes;
     uint32_t n_found = 0;
-    for (size_t i = 0; i < n_values; i++) {
-        if (out[i] != mark) {
-            continue;
+    for (size_t column = 0; column < columns->n_columns; column++) {
+        float *out = columns->out + column * columns->n_tokens;
+        for (size_t token = 0; token < columns->n_tokens; token++) {
+            if (out[token] != mark) {
+                continue;
+            }
+            int32_t table = table_of(tables, columns->column_class[column],
+                                     shift_of(columns->token_shift, token));
+            int32_t value;
+            if (n_found == n_escapes || !escape_read(&bytes, end, &value) ||
+                symbol_of(&tables->tables[table], value) != KRUL_ENTROPY_ESCAPE) {
+                return krul_fail(
+                    err, KRUL_STATUS_CORRUPT,
+                    "column stream has %u escapes, and number %u is missing or malformed",
+                    (unsigned)n_escapes, (unsigned)n_found);
+            }
+            out[token] = (float)value;
+            n_found++;
         }
-        int32_t value;
-        if (n_found == n_escapes || !escape_read(&bytes, end, &value)) {
-            return krul_fail(err, KRUL_STATUS_CORRUPT,
-                             "column stream has %u escapes, and number %u is missing or malformed",
-                             (unsigned)n_escapes, (unsigned)n_found);
-        }
-        out[i] = (float)value;
-        n_found++;
     }
     if (n_found != n_escapes || bytes != end) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
@@ -298,7 +326,7 @@ krul_entropy_decode_columns(const krul_backend *backend, const krul_entropy_tabl
                          words_bytes, left_bytes);
     }
     size_t escapes_bytes = left_bytes - words_bytes;
-    if (n_escapes > n_values || n_escapes > escapes_bytes / MIN_ESCAPE_BYTES ||
+    if (n_escapes > n_values || n_escapes > escapes_bytes ||
         (n_escapes == 0 && escapes_bytes != 0)) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
                          "column stream of %zu values has %u escapes in %zu bytes", n_values,
@@ -322,8 +350,8 @@ krul_entropy_decode_columns(const krul_backend *backend, const krul_entropy_tabl
                          (long long)n_columns, (long long)n_tokens);
     }
     if (has_escape || n_escapes != 0) {
-        return patch_escapes(stream + STARTS_BYTES + words_bytes, escapes_bytes, n_escapes,
-                             n_values, out, err);
+        return patch_escapes(tables, &columns, stream + STARTS_BYTES + words_bytes, escapes_bytes,
+                             n_escapes, err);
     }
     return KRUL_STATUS_OK;
 }

@@ -4,7 +4,7 @@
  * krul.h - the C library of krul: everything it offers, and the only public header.
  *
  * Sections, in the order in which a conversation meets them: status, view, backend, pool, blas,
- * estimator, selector, entropy, compressor, store, restore plan, restore. No Python, NumPy or CUDA
+ * estimator, selector, entropy, compressor, predict, store, restore plan, restore. No Python, NumPy or CUDA
  * type appears here. The dimensions have the same names everywhere: n_layers, n_heads, n_kv_heads,
  * n_tokens, head_dim.
  *
@@ -313,8 +313,8 @@ typedef struct krul_entropy_tables krul_entropy_tables;
 
 enum { KRUL_ENTROPY_MAX_TABLES = 64, KRUL_ENTROPY_MAX_COLUMN_VALUES = 1 << 29 };
 
-/* 1 to KRUL_ENTROPY_MAX_TABLES tables, each of which must give every symbol a frequency of at least
- * 1 and sum to 1 << KRUL_ENTROPY_PROBABILITY_BITS. */
+/* 1 to KRUL_ENTROPY_MAX_TABLES tables, each of which must sum to 1 << KRUL_ENTROPY_PROBABILITY_BITS
+ * and give symbol 255, which stands for whatever has no frequency, one of at least 1. */
 krul_status krul_entropy_tables_new(const krul_entropy_table *tables, int32_t n_tables,
                                     krul_entropy_tables **out, krul_error *err) KRUL_MUST_CHECK;
 
@@ -356,17 +356,19 @@ typedef enum krul_codec {
     KRUL_CODEC_SHARE = 4,
     KRUL_CODEC_SHARE_INT8 = 5,
     KRUL_CODEC_SHARE_INT4 = 6,
+    KRUL_CODEC_PREDICT = 7, /* K and V of a layer in one block; see predict */
 } krul_codec;
 
 /* K is quantised per channel over groups of tokens, V per token over groups of channels. */
 typedef enum krul_kv {
     KRUL_KV_KEY = 0,
     KRUL_KV_VALUE = 1,
+    KRUL_KV_BOTH = 2, /* of codec predict, and of it alone */
 } krul_kv;
 
 enum {
     KRUL_COMPRESSOR_MAX_VIEWS = 2,
-    KRUL_N_CODECS = 7, /* one more than the largest number */
+    KRUL_N_CODECS = 8, /* one more than the largest number */
 };
 
 /* "exact", "share+int4", ...; NULL for a number that is no codec. */
@@ -396,6 +398,95 @@ krul_status krul_compressor_decode(const krul_backend *backend, krul_codec codec
                                    const uint8_t *payload, size_t payload_bytes,
                                    const krul_view *views, int n_views,
                                    krul_error *err) KRUL_MUST_CHECK;
+
+/* ---- predict --------------------------------------------------------------------------------- */
+/* Cross-layer predictive coding. K and V of a layer and a run of tokens are one block; the blocks of
+ * a run are a chain: each layer is predicted from what was decoded of its sources, so a chain is
+ * coded and decoded in the order of the layers. Distinct chains are independent. */
+
+enum { KRUL_PREDICT_MAX_SOURCES = 2, KRUL_PREDICT_MAX_WIDTH = 1 << 15 };
+
+#define KRUL_PREDICT_MIN_STEP 1e-6f
+#define KRUL_PREDICT_MAX_STEP 1e6f
+
+/* Which numbers of a key are turned together. */
+typedef enum krul_rotary_convention {
+    KRUL_ROTARY_NONE = 0,
+    KRUL_ROTARY_HALF = 1, /* i and i + n_pairs */
+    KRUL_ROTARY_INTERLEAVED = 2, /* 2 i and 2 i + 1 */
+} krul_rotary_convention;
+
+/* How the keys of a layer were rotated. */
+typedef struct krul_rotary {
+    krul_rotary_convention convention;
+    int32_t start; /* the first number of a head that is turned */
+    int32_t n_pairs;
+    bool is_per_batch; /* tables are n_batch x n_tokens x n_pairs, else n_tokens x n_pairs */
+    const float *cos; /* of the tokens from krul_predict_options.token_start on */
+    const float *sin;
+} krul_rotary;
+
+/* What a profile says of a layer; width is 2 n_heads head_dim: K of all heads before rotary
+ * embedding, then V. Matrices are row-major and multiplied from the right. */
+typedef struct krul_predict_layer {
+    int32_t n_heads; /* 0: the layer takes no part, and nothing else is looked at */
+    int32_t head_dim;
+    int32_t n_sources;
+    int32_t sources[KRUL_PREDICT_MAX_SOURCES];
+    int32_t rank; /* above 0: left x right stands for maps */
+    const float *mean; /* width */
+    const float *deviation; /* width: expected of the coefficients; above 0 */
+    const float *forward; /* width x width; NULL: only decoding */
+    const float *backward; /* width x width */
+    const float *maps; /* n_sources width x width */
+    const float *left; /* n_sources width x rank */
+    const float *right; /* rank x width */
+    krul_rotary rotary;
+} krul_predict_layer;
+
+/* All arrays but `tables` and `layers` themselves are borrowed until krul_predict_free. */
+typedef struct krul_predict_options {
+    const krul_blas *blas;
+    const krul_entropy_table *tables;
+    int32_t n_tables;
+    int32_t unit_table; /* for a standard deviation of one step; three tables to an octave */
+    int32_t n_layers;
+    const krul_predict_layer *layers;
+    int64_t n_batch;
+    int64_t token_start; /* the first token whose rotation is known */
+    int64_t n_tokens;
+} krul_predict_options;
+
+/* A profile made ready for one conversation, and the chains that are under way. */
+typedef struct krul_predict krul_predict;
+
+krul_status krul_predict_new(const krul_predict_options *options, krul_predict **out,
+                             krul_error *err) KRUL_MUST_CHECK;
+
+/* No thread may be coding. NULL is allowed. */
+void krul_predict_free(krul_predict *predict);
+
+/* Most payload bytes of a block. */
+krul_status krul_predict_bound(const krul_predict *predict, int32_t layer, int64_t n_tokens,
+                               size_t *n_bytes_out, krul_error *err) KRUL_MUST_CHECK;
+
+/* Encode the K (views[0]) and V of the tokens from token_start on. *fits_out false: a value is not
+ * finite, too large for the step, or would not come back finite; then the chain is broken and what
+ * follows in it must be coded otherwise. error_out receives sum |x - decoded|^2 and sum |x|^2,
+ * before rotary embedding. One thread may work on a chain at a time. */
+krul_status krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t layer,
+                                int64_t token_start, const krul_view views[2], float step,
+                                uint8_t *payload_out, size_t capacity_bytes, size_t *n_bytes_out,
+                                bool *fits_out, double error_out[2],
+                                krul_error *err) KRUL_MUST_CHECK;
+
+/* Decode a block of n_tokens. A view with data NULL is not wanted; with both, the block is decoded
+ * for those that are predicted from it. Trusts nothing in the payload: damage is
+ * KRUL_STATUS_CORRUPT, a source that was not decoded before KRUL_STATUS_BAD_VALUE. */
+krul_status krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t layer,
+                                int64_t token_start, int64_t n_tokens, const uint8_t *payload,
+                                size_t payload_bytes, const krul_view views[2],
+                                krul_error *err) KRUL_MUST_CHECK;
 
 /* ---- store ----------------------------------------------------------------------------------- */
 /* One container for every file: header, table of entries, payloads. FORMAT.md is the law. */
@@ -597,7 +688,9 @@ typedef struct krul_restore_step {
     int fd; /* borrowed; must stay open until krul_restore_free. -1: payload */
     const uint8_t *payload; /* used when fd is -1; borrowed likewise */
     krul_store_entry entry;
-    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS]; /* data NULL: not wanted */
+    krul_view
+        views[KRUL_COMPRESSOR_MAX_VIEWS]; /* data NULL: not wanted; K and V of codec predict */
+    krul_predict *predict; /* for codec predict, of its own for each restore; else NULL */
 } krul_restore_step;
 
 /* A machine that is made up. A restore on it reads and decodes nothing: the same code takes the same
@@ -636,7 +729,8 @@ typedef struct krul_restore_trace {
     double end_s; /* when it was decoded */
 } krul_restore_trace;
 
-/* Start. A layer is complete when every step that writes to it has ended; layers without a step
+/* Start. Blocks of codec predict must come layer by layer; one whose views are all unwanted is
+ * decoded only while a later one of its chain is wanted. A layer is complete when every step that writes to it has ended; layers without a step
  * are complete at once. Views must have the shape and dtype that their entry says, or hold only its
  * first tokens; they must be writable and stay alive until krul_restore_free. On a machine that is
  * made up views are never touched, only whether data is NULL counts. That no two steps write to one

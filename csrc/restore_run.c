@@ -34,9 +34,12 @@ struct krul_restore {
     const krul_backend *backend;
     krul_restore_step *steps; /* views are unwanted with the lock */
     uint8_t *states; /* step_state of each step */
+    int64_t *before; /* the step of the same chain that must be decoded first, or -1 */
+    int64_t *after; /* the one that follows it, or -1 */
     krul_restore_trace *traces;
     int64_t n_steps;
     size_t buffer_bytes; /* the largest payload that is read from a file */
+    krul_status *failures; /* of each step; with the lock */
     restore_layer *layers;
     int32_t n_layers;
     krul_pool *pool;
@@ -95,10 +98,17 @@ reserve_link(krul_restore *restore, double begin_s, double n_bytes, double bytes
 
 /* ---- carrying one out -------------------------------------------------------------------------- */
 
+/* Does somebody wait for what a step writes, or for what is predicted from it? */
 static bool
-is_wanted(const krul_restore_step *step)
+is_wanted(const krul_restore *restore, int64_t index)
 {
-    return step->views[0].data != NULL || step->views[1].data != NULL;
+    for (; index >= 0; index = restore->after[index]) {
+        const krul_restore_step *step = &restore->steps[index];
+        if (step->views[0].data != NULL || step->views[1].data != NULL) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static uint64_t
@@ -123,7 +133,7 @@ take_step(krul_restore *restore)
 {
     while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
         int64_t index = restore->next_step++;
-        if (is_wanted(&restore->steps[index])) {
+        if (is_wanted(restore, index)) {
             restore->states[index] = STEP_READING;
             return index;
         }
@@ -153,6 +163,9 @@ finish_step(krul_restore *restore, int64_t index, const krul_view *views, const 
         if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
             layer->failure = *failure;
         }
+    }
+    if (failure->status != KRUL_STATUS_OK) {
+        restore->failures[index] = failure->status;
     }
     restore->states[index] = STEP_DONE;
     restore->traces[index] = *trace;
@@ -201,6 +214,29 @@ read_step(krul_restore *restore, const krul_restore_step *step, uint8_t *buffer,
     return status;
 }
 
+/* Sleep until what a step is predicted from is in. Whoever took that took it earlier and waits for
+ * nobody later, so that somebody always gets on. With the lock. */
+static krul_status
+wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
+{
+    int64_t before = restore->before[index];
+    if (before < 0) {
+        return KRUL_STATUS_OK;
+    }
+    while (restore->states[before] != STEP_DONE && !restore->is_cancelled) {
+        pthread_cond_wait(&restore->has_changed, &restore->lock);
+    }
+    krul_status status = restore->failures[before];
+    if (status != KRUL_STATUS_OK) {
+        const krul_store_entry *entry = &restore->steps[index].entry;
+        return krul_fail(failure, status,
+                         "layer %d, tokens from %lld: layer %d, which it is predicted from, failed",
+                         (int)entry->layer_lower, (long long)entry->token_start,
+                         (int)restore->steps[before].entry.layer_lower);
+    }
+    return KRUL_STATUS_OK;
+}
+
 /* Carry one step out on this machine; with the lock, which is let go meanwhile. */
 static void
 run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
@@ -223,12 +259,15 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
     trace.read_s = clock_s() - restore->start_s;
 
     pthread_mutex_lock(&restore->lock);
+    if (status == KRUL_STATUS_OK) {
+        status = wait_for_chain(restore, index, &failure);
+    }
     memcpy(views, step->views, sizeof views);
-    bool is_needed = is_wanted(step) && !restore->is_cancelled;
+    bool is_needed = is_wanted(restore, index) && !restore->is_cancelled;
     if (is_needed && status == KRUL_STATUS_OK) {
         restore->states[index] = STEP_DECODING;
         pthread_mutex_unlock(&restore->lock);
-        status = krul_restore_decode(restore->backend, &step->entry, views, payload, &failure);
+        status = krul_restore_decode(restore->backend, step, views, payload, &failure);
         pthread_mutex_lock(&restore->lock);
     }
     if (status == KRUL_STATUS_OK) {
@@ -354,14 +393,19 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
     restore->states = calloc((size_t)n_steps + 1, 1);
     restore->traces = calloc((size_t)n_steps + 1, sizeof *restore->traces);
     restore->layers = calloc((size_t)restore->n_layers + 1, sizeof *restore->layers);
+    restore->failures = calloc((size_t)n_steps + 1, sizeof *restore->failures);
+    restore->before = malloc(((size_t)n_steps + 1) * sizeof *restore->before);
+    restore->after = malloc(((size_t)n_steps + 1) * sizeof *restore->after);
     if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
-        restore->layers == NULL) {
+        restore->layers == NULL || restore->failures == NULL || restore->before == NULL ||
+        restore->after == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
                          (long long)n_steps, (int)restore->n_layers);
     }
     for (int64_t i = 0; i < n_steps; i++) {
         const krul_restore_step *step = &steps[i];
         restore->steps[i] = *step;
+        restore->before[i] = restore->after[i] = -1;
         restore->traces[i].worker = -1;
         if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
             restore->buffer_bytes = (size_t)step->entry.payload_bytes;
@@ -376,6 +420,67 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
         }
     }
     return KRUL_STATUS_OK;
+}
+
+/* One block of a chain, for sorting. */
+typedef struct chain_place {
+    const krul_predict *predict;
+    int64_t token_start;
+    int64_t index;
+} chain_place;
+
+static int
+compare_places(const void *left_in, const void *right_in)
+{
+    const chain_place *left = left_in, *right = right_in;
+    if (left->predict != right->predict) {
+        return (uintptr_t)left->predict < (uintptr_t)right->predict ? -1 : 1;
+    }
+    if (left->token_start != right->token_start) {
+        return left->token_start < right->token_start ? -1 : 1;
+    }
+    return (left->index > right->index) - (left->index < right->index);
+}
+
+/* Find which blocks are predicted from which. */
+static krul_status
+link_chains(krul_restore *restore, krul_error *err)
+{
+    int64_t n_places = 0;
+    chain_place *places = malloc(((size_t)restore->n_steps + 1) * sizeof *places);
+    krul_status status = KRUL_STATUS_OK;
+    if (places == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps",
+                         (long long)restore->n_steps);
+    }
+    for (int64_t i = 0; i < restore->n_steps; i++) {
+        const krul_restore_step *step = &restore->steps[i];
+        if (step->entry.codec == KRUL_CODEC_PREDICT) {
+            places[n_places++] = (chain_place){step->predict, step->entry.token_start, i};
+        }
+    }
+    qsort(places, (size_t)n_places, sizeof *places, compare_places);
+    for (int64_t i = 1; i < n_places; i++) {
+        const chain_place *last = &places[i - 1], *next = &places[i];
+        if (last->predict != next->predict || last->token_start != next->token_start) {
+            continue;
+        }
+        const krul_store_entry *lower = &restore->steps[last->index].entry;
+        const krul_store_entry *upper = &restore->steps[next->index].entry;
+        if (lower->layer_lower >= upper->layer_lower || lower->n_tokens != upper->n_tokens) {
+            status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                               "steps %lld and %lld, layers %d and %d, tokens from %lld, are no "
+                               "chain",
+                               (long long)last->index, (long long)next->index,
+                               (int)lower->layer_lower, (int)upper->layer_lower,
+                               (long long)next->token_start);
+            break;
+        }
+        restore->after[last->index] = next->index;
+        restore->before[next->index] = last->index;
+    }
+    free(places);
+    return status;
 }
 
 static krul_status
@@ -438,6 +543,7 @@ krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, 
     restore->counts.n_steps = n_steps;
     restore->start_s = now_s(restore);
     KRUL_TRY(take_over(restore, steps, err));
+    KRUL_TRY(link_chains(restore, err));
     if (n_steps > 0) {
         int n_wanted = options->n_threads > 0 ? options->n_threads : krul_pool_n_processors();
         n_wanted = (int)krul_min_i64(krul_min_i64(n_wanted, n_steps), KRUL_POOL_MAX_THREADS);
@@ -530,8 +636,9 @@ krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens)
         while (restore->states[i] == STEP_DECODING && view_before(step, layer, n_tokens) >= 0) {
             pthread_cond_wait(&restore->has_changed, &restore->lock);
         }
-        int view = view_before(step, layer, n_tokens);
-        if (view >= 0 && restore->states[i] != STEP_DONE) {
+        int view;
+        while (restore->states[i] != STEP_DONE &&
+               (view = view_before(step, layer, n_tokens)) >= 0) {
             let_go(restore, step, view);
         }
     }
@@ -615,6 +722,9 @@ krul_restore_free(krul_restore *restore)
     free(restore->steps);
     free(restore->states);
     free(restore->traces);
+    free(restore->failures);
+    free(restore->before);
+    free(restore->after);
     free(restore->layers);
     free(restore->free_s);
     free(restore);

@@ -9,13 +9,13 @@
 int
 krul_restore_n_views(const krul_store_entry *entry)
 {
-    return entry->layer_upper >= 0 ? 2 : 1;
+    return entry->layer_upper >= 0 || entry->kv == KRUL_KV_BOTH ? 2 : 1;
 }
 
 int32_t
 krul_restore_layer_of(const krul_store_entry *entry, int index)
 {
-    return index == 0 ? entry->layer_lower : entry->layer_upper;
+    return index == 0 || entry->kv == KRUL_KV_BOTH ? entry->layer_lower : entry->layer_upper;
 }
 
 krul_status
@@ -31,7 +31,12 @@ krul_restore_check_step(const krul_restore_step *step, int64_t index, int32_t n_
     if (!is_made_up && step->fd < 0 && step->payload == NULL && entry->payload_bytes > 0) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step %lld has neither file nor payload", at);
     }
-    bool is_wanted = false;
+    bool is_chained = entry->codec == KRUL_CODEC_PREDICT;
+    if (is_chained && step->predict == NULL && !is_made_up) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step %lld is coded with a profile, not given",
+                         at);
+    }
+    bool is_wanted = is_chained; /* those that are predicted from it may want it */
     for (int i = 0; i < krul_restore_n_views(entry); i++) {
         const krul_view *view = &step->views[i];
         int32_t layer = krul_restore_layer_of(entry, i);
@@ -116,21 +121,23 @@ new_whole_block(const krul_store_entry *entry)
 }
 
 krul_status
-krul_restore_decode(const krul_backend *backend, const krul_store_entry *entry,
+krul_restore_decode(const krul_backend *backend, const krul_restore_step *step,
                     const krul_view *wanted, const uint8_t *payload, krul_error *err)
 {
+    const krul_store_entry *entry = &step->entry;
     krul_status status = KRUL_STATUS_OK;
     krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
     bool is_whole[KRUL_COMPRESSOR_MAX_VIEWS] = {false, false};
     int n_views = krul_restore_n_views(entry);
     for (int i = 0; i < n_views; i++) {
         views[i] = wanted[i];
-        if (views[i].data == NULL) { /* not wanted, but decoding asks for its shape */
+        if (views[i].data == NULL && entry->codec != KRUL_CODEC_PREDICT) {
+            /* Not wanted, but decoding asks for its shape. */
             views[i] = wanted[1 - i];
             views[i].data = NULL;
             views[i].shape[2] = entry->n_tokens;
         }
-        else if (views[i].shape[2] < entry->n_tokens) {
+        else if (views[i].data != NULL && views[i].shape[2] < entry->n_tokens) {
             views[i] = new_whole_block(entry);
             is_whole[i] = true;
             if (views[i].data == NULL) {
@@ -141,8 +148,15 @@ krul_restore_decode(const krul_backend *backend, const krul_store_entry *entry,
             }
         }
     }
-    KRUL_TRY(krul_compressor_decode(backend, entry->codec, entry->kv, payload,
-                                    (size_t)entry->payload_bytes, views, n_views, err));
+    if (entry->codec == KRUL_CODEC_PREDICT) {
+        KRUL_TRY(krul_predict_decode(backend, step->predict, entry->layer_lower, entry->token_start,
+                                     entry->n_tokens, payload, (size_t)entry->payload_bytes, views,
+                                     err));
+    }
+    else {
+        KRUL_TRY(krul_compressor_decode(backend, entry->codec, entry->kv, payload,
+                                        (size_t)entry->payload_bytes, views, n_views, err));
+    }
     for (int i = 0; i < n_views; i++) {
         if (is_whole[i]) {
             copy_tokens(&views[i], &wanted[i]);

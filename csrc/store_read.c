@@ -41,9 +41,13 @@ check_block(const krul_store_entry *entry, int64_t index, krul_status breach, kr
     bool is_pair = entry->layer_upper != -1;
     if (codec_layers == 0) {
         KRUL_TRY(krul_fail(err, breach, "entry %" PRId64 ": codec is %d but the last known is %d",
-                           index, (int)entry->codec, KRUL_CODEC_SHARE_INT4));
+                           index, (int)entry->codec, KRUL_CODEC_PREDICT));
     }
-    KRUL_TRY(check_between(entry->kv, KRUL_KV_KEY, KRUL_KV_VALUE, "kv", index, breach, err));
+    KRUL_TRY(check_between(entry->kv, KRUL_KV_KEY, KRUL_KV_BOTH, "kv", index, breach, err));
+    if ((entry->kv == KRUL_KV_BOTH) != (entry->codec == KRUL_CODEC_PREDICT)) {
+        KRUL_TRY(krul_fail(err, breach, "entry %" PRId64 ": codec %s has the kv %d", index,
+                           krul_codec_name(entry->codec), (int)entry->kv));
+    }
     KRUL_TRY(
         check_between(entry->dtype, KRUL_DTYPE_F32, KRUL_DTYPE_BF16, "dtype", index, breach, err));
     KRUL_TRY(check_between(entry->layer_lower, 0, KRUL_STORE_MAX_LAYERS - 1, "layer_lower", index,
@@ -68,7 +72,8 @@ check_block(const krul_store_entry *entry, int64_t index, krul_status breach, kr
     KRUL_TRY(check_between(entry->token_start, 0, KRUL_STORE_MAX_TOKENS - entry->n_tokens,
                            "token_start", index, breach, err));
 
-    size_t raw_bytes = krul_dtype_bytes(entry->dtype) * (is_pair ? 2 : 1);
+    size_t raw_bytes = krul_dtype_bytes(entry->dtype) *
+                       (is_pair || entry->kv == KRUL_KV_BOTH ? 2 : 1);
     bool overflows = krul_multiply_overflows(raw_bytes, (size_t)entry->n_batch, &raw_bytes);
     overflows = krul_multiply_overflows(raw_bytes, (size_t)entry->n_heads, &raw_bytes) || overflows;
     overflows = krul_multiply_overflows(raw_bytes, (size_t)entry->head_dim, &raw_bytes) ||
@@ -139,13 +144,13 @@ done:
     return status;
 }
 
-/* Blocks are layer-major: by lower layer, K before V, then by token, without overlap. */
+/* Blocks are layer-major: by lower layer, K before V before both, then by token, without overlap. */
 static krul_status
 check_block_order(const krul_store_entry *last, const krul_store_entry *next, int64_t index,
                   krul_status breach, krul_error *err)
 {
-    int64_t last_tensor = (int64_t)last->layer_lower * 2 + last->kv;
-    int64_t next_tensor = (int64_t)next->layer_lower * 2 + next->kv;
+    int64_t last_tensor = (int64_t)last->layer_lower * 3 + last->kv;
+    int64_t next_tensor = (int64_t)next->layer_lower * 3 + next->kv;
     int64_t last_token_end = last->token_start + last->n_tokens;
     if (next_tensor < last_tensor ||
         (next_tensor == last_tensor && next->token_start < last_token_end)) {

@@ -124,10 +124,38 @@ def restore_plan_steps(
 ) -> list[tuple[int, int, int, int, float, float, float]]: ...
 
 @final
+class Predict:
+    def __new__(
+        cls,
+        blas: Any,
+        tables: npt.NDArray[np.uint16],
+        unit_table: int,
+        layers: Sequence[tuple[Any, ...] | None],
+        n_batch: int,
+        token_start: int,
+        n_tokens: int,
+    ) -> Predict: ...
+    def encode(
+        self,
+        runs: Sequence[Sequence[tuple[int, int, _Array, _Array]]],
+        step: float,
+        n_threads: int = 0,
+        backend: str | None = None,
+    ) -> list[list[tuple[bytes, float, float]] | None]: ...
+    def decode(
+        self,
+        runs: Sequence[Sequence[tuple[int, int, int, _Buffer, _Array | None, _Array | None]]],
+        n_threads: int = 0,
+        backend: str | None = None,
+    ) -> None: ...
+
 class Restore:
     def __new__(
         cls,
-        steps: Sequence[tuple[int, _Buffer | None, _Entry, Sequence[_Array | None]]],
+        steps: Sequence[
+            tuple[int, _Buffer | None, _Entry, Sequence[_Array | None]]
+            | tuple[int, _Buffer | None, _Entry, Sequence[_Array | None], Predict | None]
+        ],
         n_layers: int,
         n_threads: int = 0,
         backend: str | None = None,

@@ -23,6 +23,7 @@ typedef struct py_krul_state {
     const krul_backend *backend; /* chosen in module exec */
     PyObject *errors; /* the module krul.errors */
     PyTypeObject *restore_type;
+    PyTypeObject *predict_type;
 } py_krul_state;
 
 /* The state of the module that `module` is; for methods of types use py_krul_state_of_type. */
@@ -58,6 +59,9 @@ int py_krul_entry_from_tuple(PyObject *tuple, krul_store_entry *out);
 /* The open library in a capsule of blas_open; NULL with an exception. */
 const krul_blas *py_krul_blas(PyObject *capsule);
 
+/* What a krul._core.Predict holds; NULL with a TypeError for any other object. */
+krul_predict *py_krul_predict(py_krul_state *state, PyObject *object);
+
 /* Method tables, one per concept, ended by a zero entry. */
 extern PyMethodDef py_blas_methods[];
 extern PyMethodDef py_entropy_methods[];
@@ -69,5 +73,6 @@ extern PyMethodDef py_restore_plan_methods[];
 
 /* Types that module exec makes. */
 extern PyType_Spec py_restore_spec;
+extern PyType_Spec py_predict_spec;
 
 #endif /* PY_KRUL_H */

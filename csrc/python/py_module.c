@@ -118,7 +118,11 @@ module_exec(PyObject *module)
         }
     }
     state->restore_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_restore_spec, NULL);
-    return state->restore_type == NULL ? -1 : PyModule_AddType(module, state->restore_type);
+    if (state->restore_type == NULL || PyModule_AddType(module, state->restore_type) != 0) {
+        return -1;
+    }
+    state->predict_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_predict_spec, NULL);
+    return state->predict_type == NULL ? -1 : PyModule_AddType(module, state->predict_type);
 }
 
 static int
@@ -127,6 +131,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     py_krul_state *state = py_krul_state_of(module);
     Py_VISIT(state->errors);
     Py_VISIT(state->restore_type);
+    Py_VISIT(state->predict_type);
     return 0;
 }
 
@@ -136,6 +141,7 @@ module_clear(PyObject *module)
     py_krul_state *state = py_krul_state_of(module);
     Py_CLEAR(state->errors);
     Py_CLEAR(state->restore_type);
+    Py_CLEAR(state->predict_type);
     return 0;
 }
 

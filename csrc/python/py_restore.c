@@ -17,6 +17,7 @@ typedef struct py_restore {
     Py_ssize_t n_arrays;
     Py_buffer *payloads;
     Py_ssize_t n_payloads;
+    PyObject *predictors; /* a list that keeps them alive */
 } py_restore;
 
 static void
@@ -32,22 +33,31 @@ release_arrays(py_restore *self)
     self->n_payloads = 0;
 }
 
-/* Fill one step from (fd, payload or None, entry, (array or None, ...)). On a machine that is made
+/* Fill one step from (fd, payload or None, entry, (array or None, ...)), where it is coded with a
+ * profile with a Predict behind them. On a machine that is made
  * up an array is anything but None, and only that counts. */
 static int
 parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_step *step)
 {
-    PyObject *payload, *entry, *arrays;
+    PyObject *payload, *entry, *arrays, *predictor = Py_None;
     int result = -1;
     memset(step, 0, sizeof *step);
     PyObject *tuple = PySequence_Tuple(item);
     PyObject *outputs = NULL;
-    if (tuple == NULL || !PyArg_ParseTuple(tuple, "iOOO;a step is (fd, payload, entry, arrays)",
-                                           &step->fd, &payload, &entry, &arrays)) {
+    if (tuple == NULL || !PyArg_ParseTuple(tuple,
+                                           "iOOO|O;a step is (fd, payload, entry, arrays, "
+                                           "predictor)",
+                                           &step->fd, &payload, &entry, &arrays, &predictor)) {
         goto done;
     }
     if (py_krul_entry_from_tuple(entry, &step->entry) != 0) {
         goto done;
+    }
+    if (predictor != Py_None) {
+        step->predict = py_krul_predict(state, predictor);
+        if (step->predict == NULL || PyList_Append(self->predictors, predictor) != 0) {
+            goto done;
+        }
     }
     if (payload != Py_None) {
         Py_buffer *buffer = &self->payloads[self->n_payloads];
@@ -67,7 +77,7 @@ parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_
     if (outputs == NULL) {
         goto done;
     }
-    Py_ssize_t n_wanted = step->entry.layer_upper >= 0 ? 2 : 1;
+    Py_ssize_t n_wanted = step->entry.layer_upper >= 0 || step->entry.kv == KRUL_KV_BOTH ? 2 : 1;
     if (PyTuple_GET_SIZE(outputs) != n_wanted) {
         PyErr_Format(PyExc_ValueError, "a step has %zd arrays but its entry needs %zd",
                      PyTuple_GET_SIZE(outputs), n_wanted);
@@ -150,7 +160,8 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         self->arrays = PyMem_Calloc((size_t)n_steps * KRUL_COMPRESSOR_MAX_VIEWS + 1,
                                     sizeof *self->arrays);
         self->payloads = PyMem_Calloc((size_t)n_steps + 1, sizeof *self->payloads);
-        is_good = self->arrays != NULL && self->payloads != NULL;
+        self->predictors = PyList_New(0);
+        is_good = self->arrays != NULL && self->payloads != NULL && self->predictors != NULL;
     }
     if (!is_good && !PyErr_Occurred()) {
         PyErr_NoMemory();
@@ -190,6 +201,7 @@ restore_dealloc(PyObject *object)
     release_arrays(self);
     PyMem_Free(self->arrays);
     PyMem_Free(self->payloads);
+    Py_XDECREF(self->predictors);
     type->tp_free(object);
     Py_DECREF(type);
 }

@@ -1,0 +1,1035 @@
+/* codec_predict.c - cross-layer predictive transform coding: K and V of a layer from earlier layers.
+ *
+ * Layers of a run of tokens form a chain: each is predicted from what was decoded of its sources, so
+ * the encoder decodes as it goes and errors do not pile up. What a decoder computes in floating point
+ * never decides what a symbol means. FORMAT.md has the payload and the products. */
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend.h"
+#include "compressor.h"
+#include "entropy.h"
+#include "internal.h"
+
+enum {
+    HEADER_BYTES = 12,
+    N_SYMBOLS = 256,
+    MAX_SHIFT = 4, /* classes that a token may lie above or below its components' */
+    N_SHIFTS = 2 * MAX_SHIFT + 1,
+    MAX_RICE_BITS = 7,
+    LEVELS_PER_OCTAVE = 3,
+};
+
+/* Coefficients from here on are not coded: the step is absurdly fine for them. */
+static const float MAX_COEFFICIENT = 8388608.0f;
+
+/* What was decoded of one layer, until its last user has read it. */
+typedef struct chain_layer {
+    float *decoded; /* n_rows x width, centred, before rotary embedding */
+    int32_t n_users_left;
+} chain_layer;
+
+typedef struct predict_chain {
+    struct predict_chain *next;
+    int64_t token_start;
+    int64_t n_rows;
+    chain_layer *layers;
+} predict_chain;
+
+struct krul_predict {
+    const krul_blas *blas;
+    krul_entropy_tables *tables;
+    float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
+    int32_t n_tables;
+    int32_t unit_table;
+    int32_t n_layers;
+    krul_predict_layer *layers;
+    int32_t *n_users; /* layers that have this one as a source */
+    int64_t n_batch;
+    int64_t token_start;
+    int64_t n_tokens;
+    pthread_mutex_t lock; /* guards the list of chains, not what is in them */
+    predict_chain *chains;
+};
+
+static int64_t
+width_of(const krul_predict_layer *layer)
+{
+    return (int64_t)2 * layer->n_heads * layer->head_dim;
+}
+
+/* ---- making one ready -------------------------------------------------------------------------- */
+
+static krul_status
+check_layer(const krul_predict_options *options, int32_t index, krul_error *err)
+{
+    const krul_predict_layer *layer = &options->layers[index];
+    if (layer->n_heads == 0) {
+        return KRUL_STATUS_OK;
+    }
+    if (layer->n_heads < 0 || layer->n_heads > KRUL_STORE_MAX_EXTENT || layer->head_dim < 1 ||
+        layer->head_dim > KRUL_STORE_MAX_EXTENT || width_of(layer) > KRUL_PREDICT_MAX_WIDTH) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
+                         "layer %d has %d heads of %d numbers, twice, but may be %d wide",
+                         (int)index, (int)layer->n_heads, (int)layer->head_dim,
+                         (int)KRUL_PREDICT_MAX_WIDTH);
+    }
+    if (layer->n_sources < 0 || layer->n_sources > KRUL_PREDICT_MAX_SOURCES) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d has %d sources but may have 0 to %d",
+                         (int)index, (int)layer->n_sources, (int)KRUL_PREDICT_MAX_SOURCES);
+    }
+    for (int32_t i = 0; i < layer->n_sources; i++) {
+        int32_t source = layer->sources[i];
+        if (source < 0 || source >= index ||
+            width_of(&options->layers[source]) != width_of(layer)) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "layer %d has the source %d, which is no earlier layer as wide",
+                             (int)index, (int)source);
+        }
+    }
+    bool has_maps = layer->rank > 0 ? layer->left != NULL && layer->right != NULL
+                                    : layer->maps != NULL;
+    if (layer->rank < 0 || layer->rank > KRUL_PREDICT_MAX_WIDTH || layer->mean == NULL ||
+        layer->backward == NULL || layer->deviation == NULL ||
+        (layer->n_sources > 0 && !has_maps)) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d lacks an array, or has the rank %d",
+                         (int)index, (int)layer->rank);
+    }
+    const krul_rotary *rotary = &layer->rotary;
+    int64_t n_rotated = rotary->convention == KRUL_ROTARY_NONE ? 0 : 2 * (int64_t)rotary->n_pairs;
+    if (rotary->convention < KRUL_ROTARY_NONE || rotary->convention > KRUL_ROTARY_INTERLEAVED ||
+        rotary->start < 0 || n_rotated < 0 || rotary->start + n_rotated > layer->head_dim ||
+        (n_rotated > 0 && (rotary->cos == NULL || rotary->sin == NULL))) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "layer %d: %lld numbers of %d are rotated from number %d on, by rule %d",
+                         (int)index, (long long)n_rotated, (int)layer->head_dim, (int)rotary->start,
+                         (int)rotary->convention);
+    }
+    return KRUL_STATUS_OK;
+}
+
+/* Bits that each symbol takes; what a table has not costs an escape and a byte or two. */
+static void
+fill_costs(const krul_entropy_table *table, float costs[N_SYMBOLS])
+{
+    const float whole = KRUL_ENTROPY_N_SLOTS;
+    for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
+        uint16_t frequency = table->frequency[symbol];
+        bool is_escape = frequency == 0 || symbol == KRUL_ENTROPY_ESCAPE;
+        float part = is_escape ? table->frequency[KRUL_ENTROPY_ESCAPE] : frequency;
+        costs[symbol] = log2f(whole / part) + (is_escape ? 10.0f : 0.0f);
+    }
+}
+
+krul_status
+krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    krul_predict *made = NULL;
+    if (options->n_layers < 1 || options->n_layers > KRUL_STORE_MAX_LAYERS ||
+        options->n_batch < 1 || options->n_batch > KRUL_STORE_MAX_EXTENT ||
+        options->token_start < 0 || options->n_tokens < 0 ||
+        options->token_start > KRUL_STORE_MAX_TOKENS || options->n_tokens > KRUL_STORE_MAX_TOKENS) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "n_layers is %d, n_batch %lld, token_start %lld and n_tokens %lld",
+                         (int)options->n_layers, (long long)options->n_batch,
+                         (long long)options->token_start, (long long)options->n_tokens);
+    }
+    if (options->unit_table < 0 || options->unit_table >= options->n_tables) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "unit_table is %d but there are %d tables",
+                         (int)options->unit_table, (int)options->n_tables);
+    }
+    for (int32_t i = 0; i < options->n_layers; i++) {
+        KRUL_TRY(check_layer(options, i, err));
+    }
+    made = calloc(1, sizeof *made);
+    if (made == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a predictor");
+    }
+    pthread_mutex_init(&made->lock, NULL);
+    KRUL_TRY(krul_entropy_tables_new(options->tables, options->n_tables, &made->tables, err));
+    size_t n_layers = (size_t)options->n_layers;
+    made->costs = malloc((size_t)options->n_tables * sizeof *made->costs);
+    made->layers = malloc(n_layers * sizeof *made->layers);
+    made->n_users = calloc(n_layers, sizeof *made->n_users);
+    if (made->costs == NULL || made->layers == NULL || made->n_users == NULL) {
+        status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %zu layers", n_layers);
+        goto done;
+    }
+    for (int32_t i = 0; i < options->n_tables; i++) {
+        fill_costs(&options->tables[i], made->costs[i]);
+    }
+    memcpy(made->layers, options->layers, n_layers * sizeof *made->layers);
+    for (size_t i = 0; i < n_layers; i++) {
+        for (int32_t k = 0; made->layers[i].n_heads > 0 && k < made->layers[i].n_sources; k++) {
+            made->n_users[made->layers[i].sources[k]]++;
+        }
+    }
+    made->blas = options->blas;
+    made->n_tables = options->n_tables;
+    made->unit_table = options->unit_table;
+    made->n_layers = options->n_layers;
+    made->n_batch = options->n_batch;
+    made->token_start = options->token_start;
+    made->n_tokens = options->n_tokens;
+    *out = made;
+    made = NULL;
+done:
+    krul_predict_free(made);
+    return status;
+}
+
+static void
+free_chain(krul_predict *predict, predict_chain *chain)
+{
+    for (int32_t i = 0; i < predict->n_layers; i++) {
+        free(chain->layers[i].decoded);
+    }
+    free(chain->layers);
+    free(chain);
+}
+
+void
+krul_predict_free(krul_predict *predict)
+{
+    if (predict == NULL) {
+        return;
+    }
+    while (predict->chains != NULL) {
+        predict_chain *chain = predict->chains;
+        predict->chains = chain->next;
+        free_chain(predict, chain);
+    }
+    pthread_mutex_destroy(&predict->lock);
+    krul_entropy_tables_free(predict->tables);
+    free(predict->costs);
+    free(predict->layers);
+    free(predict->n_users);
+    free(predict);
+}
+
+/* ---- chains ------------------------------------------------------------------------------------ */
+
+/* The chain of a run of tokens, begun if there is none. */
+static krul_status
+find_chain(krul_predict *predict, int64_t token_start, int64_t n_rows, predict_chain **out,
+           krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    pthread_mutex_lock(&predict->lock);
+    predict_chain *chain = predict->chains;
+    while (chain != NULL && (chain->token_start != token_start || chain->n_rows != n_rows)) {
+        chain = chain->next;
+    }
+    if (chain == NULL) {
+        chain = calloc(1, sizeof *chain);
+        if (chain != NULL) {
+            chain->layers = calloc((size_t)predict->n_layers, sizeof *chain->layers);
+        }
+        if (chain == NULL || chain->layers == NULL) {
+            free(chain);
+            status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a chain of %d layers",
+                               (int)predict->n_layers);
+            goto done;
+        }
+        chain->token_start = token_start;
+        chain->n_rows = n_rows;
+        chain->next = predict->chains;
+        predict->chains = chain;
+    }
+    *out = chain;
+done:
+    pthread_mutex_unlock(&predict->lock);
+    return status;
+}
+
+static float *
+new_floats(int64_t rows, int64_t columns, krul_error *err)
+{
+    /* At most 2^30 bytes of 16-bit values are in a block, so that this fits 64 bits by far. */
+    float *made = malloc((size_t)rows * (size_t)columns * sizeof *made);
+    if (made == NULL) {
+        (void)krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
+                        (long long)rows, (long long)columns);
+    }
+    return made;
+}
+
+/* The prediction of a layer from what was decoded of its sources, zeros where it has none. */
+static krul_status
+predict_rows(const krul_predict *predict, const predict_chain *chain, int32_t index, float *out,
+             krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    const krul_predict_layer *layer = &predict->layers[index];
+    int64_t width = width_of(layer), n_rows = chain->n_rows;
+    float *product = NULL;
+    if (layer->n_sources == 0) {
+        memset(out, 0, (size_t)n_rows * (size_t)width * sizeof *out);
+        return KRUL_STATUS_OK;
+    }
+    for (int32_t i = 0; i < layer->n_sources; i++) {
+        if (chain->layers[layer->sources[i]].decoded == NULL) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "layer %d, tokens from %lld: its source, layer %d, was not decoded",
+                             (int)index, (long long)chain->token_start, (int)layer->sources[i]);
+        }
+    }
+    if (layer->rank > 0) {
+        product = new_floats(n_rows, layer->rank, err);
+        if (product == NULL) {
+            return KRUL_STATUS_NO_MEMORY;
+        }
+    }
+    for (int32_t i = 0; i < layer->n_sources; i++) {
+        const float *source = chain->layers[layer->sources[i]].decoded;
+        int64_t n_columns = layer->rank > 0 ? layer->rank : width;
+        const float *map = (layer->rank > 0 ? layer->left : layer->maps) + i * width * n_columns;
+        KRUL_TRY(krul_blas_sgemm(predict->blas, false, false, n_rows, n_columns, width, 1.0f,
+                                 source, width, map, n_columns, i > 0 ? 1.0f : 0.0f,
+                                 product != NULL ? product : out, n_columns, err));
+    }
+    if (product != NULL) {
+        KRUL_TRY(krul_blas_sgemm(predict->blas, false, false, n_rows, width, layer->rank, 1.0f,
+                                 product, layer->rank, layer->right, width, 0.0f, out, width, err));
+    }
+done:
+    free(product);
+    return status;
+}
+
+/* A layer's rows are known: keep them while they have users, and let its sources go. */
+static void
+settle(krul_predict *predict, predict_chain *chain, int32_t index, float *decoded)
+{
+    const krul_predict_layer *layer = &predict->layers[index];
+    for (int32_t i = 0; i < layer->n_sources; i++) {
+        chain_layer *source = &chain->layers[layer->sources[i]];
+        if (--source->n_users_left == 0) {
+            free(source->decoded);
+            source->decoded = NULL;
+        }
+    }
+    chain_layer *own = &chain->layers[index];
+    free(own->decoded);
+    own->decoded = decoded;
+    own->n_users_left = predict->n_users[index];
+    if (own->n_users_left == 0) {
+        free(own->decoded);
+        own->decoded = NULL;
+    }
+}
+
+/* ---- between views and rows -------------------------------------------------------------------- */
+
+/* Cosine and sine of the pairs of one token. */
+static void
+angles_of(const krul_predict *predict, const krul_rotary *rotary, int64_t batch, int64_t token,
+          const float **cos_out, const float **sin_out)
+{
+    int64_t row = (rotary->is_per_batch ? batch * predict->n_tokens : 0) + token -
+                  predict->token_start;
+    *cos_out = rotary->cos + row * rotary->n_pairs;
+    *sin_out = rotary->sin + row * rotary->n_pairs;
+}
+
+/* Turn the pairs of one head by the angle, or back. */
+static void
+turn(const krul_rotary *rotary, const float *cos, const float *sin, bool is_back, float *head)
+{
+    int32_t n_pairs = rotary->n_pairs;
+    bool is_half = rotary->convention == KRUL_ROTARY_HALF;
+    float *first = head + rotary->start;
+    float *second = first + (is_half ? n_pairs : 1);
+    int32_t spacing = is_half ? 1 : 2;
+    for (int32_t i = 0; i < n_pairs; i++) {
+        float c = cos[i], s = sin[i];
+        float x = first[i * spacing], y = second[i * spacing];
+        if (is_back) {
+            float square = c * c + s * s;
+            first[i * spacing] = (x * c + y * s) / square;
+            second[i * spacing] = (y * c - x * s) / square;
+        }
+        else {
+            first[i * spacing] = x * c - y * s;
+            second[i * spacing] = y * c + x * s;
+        }
+    }
+}
+
+static uint8_t *
+row_of(const krul_view *view, int64_t batch, int64_t head, int64_t token)
+{
+    int64_t at = batch * view->stride[0] + head * view->stride[1] + token * view->stride[2];
+    return (uint8_t *)view->data + (size_t)at * krul_dtype_bytes(view->dtype);
+}
+
+/* Rows of K and V, keys turned back, minus the mean. */
+static void
+load_rows(const krul_backend *backend, const krul_predict *predict, const krul_predict_layer *layer,
+          int64_t token_start, const krul_view views[2], float *rows)
+{
+    const krul_rotary *rotary = &layer->rotary;
+    int64_t width = width_of(layer), head_dim = layer->head_dim;
+    for (int64_t batch = 0; batch < views[0].shape[0]; batch++) {
+        for (int64_t token = 0; token < views[0].shape[2]; token++, rows += width) {
+            float *to = rows;
+            const float *cos = NULL, *sin = NULL;
+            if (rotary->convention != KRUL_ROTARY_NONE) {
+                angles_of(predict, rotary, batch, token_start + token, &cos, &sin);
+            }
+            for (int kv = 0; kv < 2; kv++) {
+                for (int64_t head = 0; head < layer->n_heads; head++, to += head_dim) {
+                    backend->widen(views[kv].dtype, row_of(&views[kv], batch, head, token),
+                                   head_dim, to);
+                    if (kv == 0 && cos != NULL) {
+                        turn(rotary, cos, sin, true, to);
+                    }
+                }
+            }
+            for (int64_t i = 0; i < width; i++) {
+                rows[i] -= layer->mean[i];
+            }
+        }
+    }
+}
+
+/* The inverse; rows are left as they are. A view without data is not wanted. */
+static krul_status
+store_rows(const krul_backend *backend, const krul_predict *predict,
+           const krul_predict_layer *layer, int64_t token_start, const float *rows,
+           const krul_view views[2], krul_error *err)
+{
+    const krul_rotary *rotary = &layer->rotary;
+    int64_t width = width_of(layer), head_dim = layer->head_dim;
+    const krul_view *shape = views[0].data != NULL ? &views[0] : &views[1];
+    if (shape->data == NULL) {
+        return KRUL_STATUS_OK;
+    }
+    float *head_row = new_floats(1, head_dim, err);
+    if (head_row == NULL) {
+        return KRUL_STATUS_NO_MEMORY;
+    }
+    for (int64_t batch = 0; batch < shape->shape[0]; batch++) {
+        for (int64_t token = 0; token < shape->shape[2]; token++, rows += width) {
+            const float *cos = NULL, *sin = NULL;
+            if (rotary->convention != KRUL_ROTARY_NONE) {
+                angles_of(predict, rotary, batch, token_start + token, &cos, &sin);
+            }
+            for (int kv = 0; kv < 2; kv++) {
+                for (int64_t head = 0; views[kv].data != NULL && head < layer->n_heads; head++) {
+                    int64_t at = (kv * layer->n_heads + head) * head_dim;
+                    for (int64_t i = 0; i < head_dim; i++) {
+                        head_row[i] = rows[at + i] + layer->mean[at + i];
+                    }
+                    if (kv == 0 && cos != NULL) {
+                        turn(rotary, cos, sin, false, head_row);
+                    }
+                    backend->narrow(views[kv].dtype, head_row, head_dim,
+                                    row_of(&views[kv], batch, head, token));
+                }
+            }
+        }
+    }
+    free(head_row);
+    return KRUL_STATUS_OK;
+}
+
+/* ---- side information -------------------------------------------------------------------------- */
+
+/* 3 log2(value), rounded down; by comparisons alone, so that every machine finds the same. */
+static int32_t
+level_of(float value)
+{
+    static const double thirds[LEVELS_PER_OCTAVE - 1] = {0.62996052494743658, 0.79370052598409974};
+    int exponent;
+    double mantissa = frexp((double)value, &exponent); /* [0.5, 1) */
+    int32_t level = LEVELS_PER_OCTAVE * (exponent - 1);
+    for (int i = 0; i < LEVELS_PER_OCTAVE - 1; i++) {
+        level += mantissa >= thirds[i];
+    }
+    return level;
+}
+
+/* The class that a component is expected to have; -1 is a column of zeros. */
+static int32_t
+expected_class(const krul_predict *predict, float deviation, int32_t step_level)
+{
+    int32_t level = predict->unit_table + level_of(deviation) - step_level;
+    return (int32_t)krul_max_i64(0, krul_min_i64(level, predict->n_tables - 1));
+}
+
+static uint32_t
+fold(int32_t value)
+{
+    return value >= 0 ? 2u * (uint32_t)value : 2u * (uint32_t)-value - 1;
+}
+
+static int32_t
+unfold(uint32_t folded)
+{
+    return folded % 2 == 0 ? (int32_t)(folded / 2) : -(int32_t)(folded / 2) - 1;
+}
+
+/* Bits, the lowest of each byte first. */
+typedef struct bit_writer {
+    uint8_t *bytes;
+    size_t n_bits;
+} bit_writer;
+
+static void
+put_bit(bit_writer *writer, uint32_t bit)
+{
+    if (writer->n_bits % 8 == 0) {
+        writer->bytes[writer->n_bits / 8] = 0;
+    }
+    writer->bytes[writer->n_bits / 8] |= (uint8_t)(bit << writer->n_bits % 8);
+    writer->n_bits++;
+}
+
+/* Rice: the upper part in ones and a zero, then the lower rice_bits. */
+static void
+put_rice(bit_writer *writer, uint32_t value, int rice_bits)
+{
+    for (uint32_t i = 0; i < value >> rice_bits; i++) {
+        put_bit(writer, 1);
+    }
+    put_bit(writer, 0);
+    for (int i = 0; i < rice_bits; i++) {
+        put_bit(writer, value >> i & 1);
+    }
+}
+
+static int
+best_rice_bits(const uint32_t *values, int64_t n_values)
+{
+    int best = 0;
+    uint64_t best_bits = UINT64_MAX;
+    for (int rice_bits = 0; rice_bits <= MAX_RICE_BITS; rice_bits++) {
+        uint64_t n_bits = 0;
+        for (int64_t i = 0; i < n_values; i++) {
+            n_bits += (values[i] >> rice_bits) + 1u + (uint32_t)rice_bits;
+        }
+        if (n_bits < best_bits) {
+            best_bits = n_bits;
+            best = rice_bits;
+        }
+    }
+    return best;
+}
+
+typedef struct bit_reader {
+    const uint8_t *bytes;
+    size_t n_bits;
+    size_t at;
+} bit_reader;
+
+/* False where the bits end, or the value is above `largest`. */
+static bool
+take_rice(bit_reader *reader, int rice_bits, uint32_t largest, uint32_t *out)
+{
+    uint32_t upper = 0;
+    for (;; upper++) {
+        if (reader->at == reader->n_bits || upper > largest) {
+            return false;
+        }
+        uint32_t bit = reader->bytes[reader->at / 8] >> reader->at % 8 & 1;
+        reader->at++;
+        if (bit == 0) {
+            break;
+        }
+    }
+    uint32_t value = upper << rice_bits;
+    for (int i = 0; i < rice_bits; i++, reader->at++) {
+        if (reader->at == reader->n_bits) {
+            return false;
+        }
+        value |= (uint32_t)(reader->bytes[reader->at / 8] >> reader->at % 8 & 1) << i;
+    }
+    *out = value;
+    return value <= largest;
+}
+
+/* ---- encoder ----------------------------------------------------------------------------------- */
+
+/* What one block is coded with, until it is written. */
+typedef struct predict_coding {
+    int64_t width;
+    int64_t n_rows;
+    float *coefficients; /* width x n_rows; after quantising, whole numbers */
+    int32_t *values; /* the same as integers */
+    uint8_t *classes; /* width */
+    int8_t *shifts; /* n_rows */
+    uint32_t *folded; /* width, then n_rows */
+    float *shift_bits; /* N_SHIFTS x n_rows */
+} predict_coding;
+
+static void
+free_coding(predict_coding *coding)
+{
+    free(coding->coefficients);
+    free(coding->values);
+    free(coding->classes);
+    free(coding->shifts);
+    free(coding->folded);
+    free(coding->shift_bits);
+}
+
+static bool
+new_coding(predict_coding *coding, int64_t width, int64_t n_rows, bool is_encoding)
+{
+    size_t n_columns = (size_t)width, rows = (size_t)n_rows;
+    memset(coding, 0, sizeof *coding);
+    coding->width = width;
+    coding->n_rows = n_rows;
+    coding->coefficients = malloc(n_columns * rows * sizeof *coding->coefficients);
+    coding->classes = malloc(n_columns);
+    coding->shifts = malloc(rows);
+    if (is_encoding) {
+        coding->values = malloc(n_columns * rows * sizeof *coding->values);
+        coding->folded = malloc((n_columns + rows) * sizeof *coding->folded);
+        coding->shift_bits = malloc(N_SHIFTS * rows * sizeof *coding->shift_bits);
+    }
+    return coding->coefficients != NULL && coding->classes != NULL && coding->shifts != NULL &&
+           (!is_encoding ||
+            (coding->values != NULL && coding->folded != NULL && coding->shift_bits != NULL));
+}
+
+/* Divide by the step and round; false where a coefficient is not finite or absurdly large. */
+static bool
+quantise(predict_coding *coding, float step)
+{
+    float inverse = 1.0f / step;
+    float largest = 0;
+    int64_t n_values = coding->width * coding->n_rows;
+    for (int64_t i = 0; i < n_values; i++) {
+        float scaled = coding->coefficients[i] * inverse;
+        float size = fabsf(scaled);
+        if (!(size < MAX_COEFFICIENT)) {
+            return false;
+        }
+        largest = size > largest ? size : largest;
+        int32_t value = (int32_t)lrintf(scaled);
+        coding->values[i] = value;
+        coding->coefficients[i] = (float)value;
+    }
+    return largest < MAX_COEFFICIENT;
+}
+
+/* The table that codes a column in the fewest bits, KRUL_ENTROPY_NO_SYMBOLS for zeros. */
+static uint8_t
+choose_class(const krul_predict *predict, const int32_t *values, int64_t n_rows)
+{
+    uint32_t counts[N_SYMBOLS] = {0};
+    int low = N_SYMBOLS - 1, high = 0;
+    for (int64_t i = 0; i < n_rows; i++) {
+        int64_t symbol = (int64_t)values[i] + KRUL_ENTROPY_ZERO;
+        if (symbol < 0 || symbol >= KRUL_ENTROPY_ESCAPE) {
+            symbol = KRUL_ENTROPY_ESCAPE;
+        }
+        counts[symbol]++;
+        low = symbol < low ? (int)symbol : low;
+        high = symbol > high ? (int)symbol : high;
+    }
+    if (low == KRUL_ENTROPY_ZERO && high == KRUL_ENTROPY_ZERO) {
+        return KRUL_ENTROPY_NO_SYMBOLS;
+    }
+    int best = 0;
+    float best_bits = INFINITY;
+    for (int table = 0; table < predict->n_tables; table++) {
+        float n_bits = 0;
+        for (int symbol = low; symbol <= high; symbol++) {
+            n_bits += (float)counts[symbol] * predict->costs[table][symbol];
+        }
+        if (n_bits < best_bits) {
+            best_bits = n_bits;
+            best = table;
+        }
+    }
+    return (uint8_t)best;
+}
+
+/* For every token, how far its coefficients lie above or below the classes of their components. */
+static void
+choose_shifts(const krul_predict *predict, predict_coding *coding)
+{
+    int64_t n_rows = coding->n_rows;
+    memset(coding->shift_bits, 0, N_SHIFTS * (size_t)n_rows * sizeof *coding->shift_bits);
+    for (int64_t column = 0; column < coding->width; column++) {
+        if (coding->classes[column] == KRUL_ENTROPY_NO_SYMBOLS) {
+            continue;
+        }
+        const int32_t *values = coding->values + column * n_rows;
+        for (int shift = 0; shift < N_SHIFTS; shift++) {
+            int64_t table = coding->classes[column] + shift - MAX_SHIFT;
+            table = krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
+            const float *costs = predict->costs[table];
+            float *n_bits = coding->shift_bits + shift * n_rows;
+            for (int64_t i = 0; i < n_rows; i++) {
+                uint32_t symbol = (uint32_t)(values[i] + KRUL_ENTROPY_ZERO);
+                n_bits[i] += costs[symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE];
+            }
+        }
+    }
+    for (int64_t i = 0; i < n_rows; i++) {
+        float best_bits = INFINITY;
+        for (int shift = 0; shift < N_SHIFTS; shift++) {
+            /* What telling a shift costs is about its size in bits. */
+            float n_bits = coding->shift_bits[shift * n_rows + i] + (float)abs(shift - MAX_SHIFT);
+            if (n_bits < best_bits) {
+                best_bits = n_bits;
+                coding->shifts[i] = (int8_t)(shift - MAX_SHIFT);
+            }
+        }
+    }
+}
+
+/* Header and side information; returns their bytes. */
+static size_t
+write_side(const krul_predict *predict, const krul_predict_layer *layer, float step,
+           predict_coding *coding, uint8_t *out)
+{
+    int32_t step_level = level_of(step);
+    uint32_t *classes = coding->folded, *shifts = coding->folded + coding->width;
+    for (int64_t i = 0; i < coding->width; i++) {
+        int32_t actual = coding->classes[i] == KRUL_ENTROPY_NO_SYMBOLS ? -1 : coding->classes[i];
+        classes[i] = fold(actual - expected_class(predict, layer->deviation[i], step_level));
+    }
+    for (int64_t i = 0; i < coding->n_rows; i++) {
+        shifts[i] = fold(coding->shifts[i]);
+    }
+    int class_bits = best_rice_bits(classes, coding->width);
+    int shift_bits = best_rice_bits(shifts, coding->n_rows);
+    bit_writer writer = {.bytes = out + HEADER_BYTES};
+    for (int64_t i = 0; i < coding->width; i++) {
+        put_rice(&writer, classes[i], class_bits);
+    }
+    for (int64_t i = 0; i < coding->n_rows; i++) {
+        put_rice(&writer, shifts[i], shift_bits);
+    }
+    size_t side_bytes = (writer.n_bits + 7) / 8;
+    uint32_t bits;
+    memcpy(&bits, &step, sizeof bits);
+    krul_store_u32(out, bits);
+    krul_store_u32(out + 4, (uint32_t)side_bytes);
+    out[8] = (uint8_t)class_bits;
+    out[9] = (uint8_t)shift_bits;
+    krul_store_u16(out + 10, 0);
+    return HEADER_BYTES + side_bytes;
+}
+
+/* Most bits of a class: the largest folded number in ones, at rice_bits 0. */
+static size_t
+side_bound(int64_t width, int64_t n_rows)
+{
+    return HEADER_BYTES + (size_t)(width + n_rows) * (2 * KRUL_ENTROPY_MAX_TABLES + 2) / 8 + 1;
+}
+
+/* Is there a view, and does it fit the layer and the chain's tokens? */
+static krul_status
+check_views(const krul_predict *predict, int32_t index, int64_t token_start, int64_t n_tokens,
+            const krul_view views[2], bool is_output, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    static const char *const names[2] = {"keys", "values"};
+    if (index < 0 || index >= predict->n_layers || predict->layers[index].n_heads == 0) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "layer %d takes no part in this profile of %d layers", (int)index,
+                         (int)predict->n_layers);
+    }
+    const krul_predict_layer *layer = &predict->layers[index];
+    int64_t end;
+    if (n_tokens < 1 || krul_add_overflows_i64(token_start, n_tokens, &end) ||
+        token_start < predict->token_start || end > predict->token_start + predict->n_tokens) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
+                         "%lld tokens from %lld are not within the %lld from %lld whose positions "
+                         "are known",
+                         (long long)n_tokens, (long long)token_start, (long long)predict->n_tokens,
+                         (long long)predict->token_start);
+    }
+    int64_t n_values;
+    if (krul_multiply_overflows_i64(predict->n_batch * n_tokens, width_of(layer), &n_values) ||
+        n_values > KRUL_ENTROPY_MAX_COLUMN_VALUES) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
+                         "%lld tokens of %lld rows are too many for a block of width %lld",
+                         (long long)n_tokens, (long long)predict->n_batch,
+                         (long long)width_of(layer));
+    }
+    for (int kv = 0; kv < 2; kv++) {
+        const krul_view *view = &views[kv];
+        if (is_output && view->data == NULL) {
+            continue;
+        }
+        if (is_output) {
+            KRUL_TRY(krul_view_check_output(view, names[kv], err));
+        }
+        else {
+            KRUL_TRY(krul_view_check(view, names[kv], err));
+        }
+        if (view->device_type != KRUL_DEVICE_CPU) {
+            return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
+                             "%s is on device type %d but codecs work on the CPU (%d) only",
+                             names[kv], (int)view->device_type, (int)KRUL_DEVICE_CPU);
+        }
+        if (view->shape[0] != predict->n_batch || view->shape[1] != layer->n_heads ||
+            view->shape[2] != n_tokens || view->shape[3] != layer->head_dim) {
+            return krul_fail(
+                err, KRUL_STATUS_BAD_SHAPE,
+                "%s is (%lld, %lld, %lld, %lld) but layer %d needs (%lld, %d, %lld, %d)", names[kv],
+                (long long)view->shape[0], (long long)view->shape[1], (long long)view->shape[2],
+                (long long)view->shape[3], (int)index, (long long)predict->n_batch,
+                (int)layer->n_heads, (long long)n_tokens, (int)layer->head_dim);
+        }
+    }
+done:
+    return status;
+}
+
+/* The largest number that may come back, far enough below the dtype's that rounding elsewhere cannot
+ * take it over, rotated or not. */
+static float
+largest_decoded(krul_dtype dtype)
+{
+    return dtype == KRUL_DTYPE_F16 ? 45000.0f : 1e38f;
+}
+
+/* Add errors up, and see that all that will come back is finite. */
+static bool
+measure_rows(const krul_predict_layer *layer, const float *exact, const float *decoded,
+             int64_t n_rows, float limit, double error_out[2])
+{
+    int64_t width = width_of(layer);
+    float largest = 0;
+    for (int64_t row = 0; row < n_rows; row++, exact += width, decoded += width) {
+        float error = 0, power = 0;
+        for (int64_t i = 0; i < width; i++) {
+            float difference = exact[i] - decoded[i];
+            float value = exact[i] + layer->mean[i];
+            float size = fabsf(decoded[i] + layer->mean[i]);
+            error += difference * difference;
+            power += value * value;
+            largest = size > largest ? size : largest;
+        }
+        error_out[0] += (double)error;
+        error_out[1] += (double)power;
+    }
+    return largest < limit && isfinite(error_out[0]) && isfinite(error_out[1]);
+}
+
+krul_status
+krul_predict_bound(const krul_predict *predict, int32_t layer, int64_t n_tokens,
+                   size_t *n_bytes_out, krul_error *err)
+{
+    if (layer < 0 || layer >= predict->n_layers || predict->layers[layer].n_heads == 0) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "layer %d takes no part in this profile of %d layers", (int)layer,
+                         (int)predict->n_layers);
+    }
+    int64_t width = width_of(&predict->layers[layer]);
+    int64_t n_rows;
+    size_t bound = n_tokens < 0 || krul_multiply_overflows_i64(predict->n_batch, n_tokens, &n_rows)
+                       ? 0
+                       : krul_entropy_columns_bound(width, n_rows);
+    if (bound == 0) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE, "%lld tokens are too many for a block",
+                         (long long)n_tokens);
+    }
+    *n_bytes_out = bound + side_bound(width, n_rows);
+    return KRUL_STATUS_OK;
+}
+
+krul_status
+krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t index,
+                    int64_t token_start, const krul_view views[2], float step, uint8_t *payload_out,
+                    size_t capacity_bytes, size_t *n_bytes_out, bool *fits_out, double error_out[2],
+                    krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    predict_coding coding = {0};
+    predict_chain *chain = NULL;
+    float *exact = NULL, *decoded = NULL;
+    size_t bound, stream_bytes;
+    int64_t n_tokens = views[0].shape[2];
+    KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, false, err));
+    KRUL_TRY(krul_predict_bound(predict, index, n_tokens, &bound, err));
+    const krul_predict_layer *layer = &predict->layers[index];
+    int64_t width = width_of(layer), n_rows = predict->n_batch * n_tokens;
+    if (layer->forward == NULL) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d has no forward basis", (int)index);
+    }
+    if (!(step >= KRUL_PREDICT_MIN_STEP && step <= KRUL_PREDICT_MAX_STEP)) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "step is %g but must be from %g to %g",
+                         (double)step, (double)KRUL_PREDICT_MIN_STEP,
+                         (double)KRUL_PREDICT_MAX_STEP);
+    }
+    if (capacity_bytes < bound) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "capacity_bytes is %zu but the block may need %zu", capacity_bytes, bound);
+    }
+    KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    exact = new_floats(n_rows, width, err);
+    decoded = new_floats(n_rows, width, err);
+    if (exact == NULL || decoded == NULL || !new_coding(&coding, width, n_rows, true)) {
+        status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
+                           (long long)n_rows, (long long)width);
+        goto done;
+    }
+    load_rows(backend, predict, layer, token_start, views, exact);
+    KRUL_TRY(predict_rows(predict, chain, index, decoded, err));
+    /* coefficients = forward^T (exact - prediction)^T: two products, so that no third array of rows
+     * is needed. */
+    KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, 1.0f, layer->forward,
+                             width, exact, width, 0.0f, coding.coefficients, n_rows, err));
+    if (layer->n_sources > 0) {
+        KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, -1.0f,
+                                 layer->forward, width, decoded, width, 1.0f, coding.coefficients,
+                                 n_rows, err));
+    }
+    double error[2] = {0, 0};
+    bool fits = quantise(&coding, step);
+    if (fits) {
+        KRUL_TRY(krul_blas_sgemm(predict->blas, true, false, n_rows, width, width, step,
+                                 coding.coefficients, n_rows, layer->backward, width, 1.0f, decoded,
+                                 width, err));
+        fits = measure_rows(layer, exact, decoded, n_rows, largest_decoded(views[0].dtype),
+                            error) &&
+               largest_decoded(views[1].dtype) >= largest_decoded(views[0].dtype);
+    }
+    if (fits) {
+        for (int64_t i = 0; i < width; i++) {
+            coding.classes[i] = choose_class(predict, coding.values + i * n_rows, n_rows);
+        }
+        choose_shifts(predict, &coding);
+        size_t side_bytes = write_side(predict, layer, step, &coding, payload_out);
+        KRUL_TRY(krul_entropy_encode_columns(
+            predict->tables, coding.values, width, n_rows, coding.classes, coding.shifts,
+            payload_out + side_bytes, capacity_bytes - side_bytes, &stream_bytes, err));
+        settle(predict, chain, index, decoded);
+        decoded = NULL;
+        *n_bytes_out = side_bytes + stream_bytes;
+    }
+    *fits_out = fits;
+    error_out[0] = error[0];
+    error_out[1] = error[1];
+done:
+    free_coding(&coding);
+    free(exact);
+    free(decoded);
+    return status;
+}
+
+/* ---- decoder ----------------------------------------------------------------------------------- */
+
+/* Parse header and side information. */
+static krul_status
+read_side(const krul_predict *predict, int32_t index, const uint8_t *payload, size_t payload_bytes,
+          predict_coding *coding, float *step_out, size_t *side_bytes_out, krul_error *err)
+{
+    const krul_predict_layer *layer = &predict->layers[index];
+    if (payload_bytes < HEADER_BYTES) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT, "predict block has %zu bytes, its header %d",
+                         payload_bytes, (int)HEADER_BYTES);
+    }
+    uint32_t bits = krul_load_u32(payload);
+    size_t side_bytes = krul_load_u32(payload + 4);
+    int class_bits = payload[8], shift_bits = payload[9];
+    float step;
+    memcpy(&step, &bits, sizeof step);
+    if (!(step >= KRUL_PREDICT_MIN_STEP && step <= KRUL_PREDICT_MAX_STEP) ||
+        side_bytes > payload_bytes - HEADER_BYTES || class_bits > MAX_RICE_BITS ||
+        shift_bits > MAX_RICE_BITS || krul_load_u16(payload + 10) != 0) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "predict block of %zu bytes has a step of %g, %zu bytes of side "
+                         "information in %d and %d bits",
+                         payload_bytes, (double)step, side_bytes, class_bits, shift_bits);
+    }
+    int32_t step_level = level_of(step);
+    bit_reader reader = {.bytes = payload + HEADER_BYTES, .n_bits = 8 * side_bytes};
+    for (int64_t i = 0; i < coding->width; i++) {
+        uint32_t folded;
+        int32_t actual = -2;
+        if (take_rice(&reader, class_bits, 2 * KRUL_ENTROPY_MAX_TABLES + 1, &folded)) {
+            actual = unfold(folded) + expected_class(predict, layer->deviation[i], step_level);
+        }
+        if (actual < -1 || actual >= predict->n_tables) {
+            return krul_fail(err, KRUL_STATUS_CORRUPT,
+                             "predict block: the class of component %lld is malformed",
+                             (long long)i);
+        }
+        coding->classes[i] = actual < 0 ? KRUL_ENTROPY_NO_SYMBOLS : (uint8_t)actual;
+    }
+    for (int64_t i = 0; i < coding->n_rows; i++) {
+        uint32_t folded;
+        if (!take_rice(&reader, shift_bits, 2 * MAX_SHIFT, &folded)) {
+            return krul_fail(err, KRUL_STATUS_CORRUPT,
+                             "predict block: the shift of token %lld is malformed", (long long)i);
+        }
+        coding->shifts[i] = (int8_t)unfold(folded);
+    }
+    bool is_padding = reader.n_bits - reader.at < 8;
+    while (is_padding && reader.at < reader.n_bits) {
+        is_padding = (reader.bytes[reader.at / 8] >> reader.at % 8 & 1) == 0;
+        reader.at++;
+    }
+    if (!is_padding) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "predict block: %zu bytes of side information are not used up",
+                         side_bytes);
+    }
+    *step_out = step;
+    *side_bytes_out = HEADER_BYTES + side_bytes;
+    return KRUL_STATUS_OK;
+}
+
+krul_status
+krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t index,
+                    int64_t token_start, int64_t n_tokens, const uint8_t *payload,
+                    size_t payload_bytes, const krul_view views[2], krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    predict_coding coding = {0};
+    predict_chain *chain = NULL;
+    float *decoded = NULL;
+    float step = 0;
+    size_t side_bytes = 0;
+    KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, true, err));
+    const krul_predict_layer *layer = &predict->layers[index];
+    int64_t width = width_of(layer), n_rows = predict->n_batch * n_tokens;
+    KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    decoded = new_floats(n_rows, width, err);
+    if (decoded == NULL || !new_coding(&coding, width, n_rows, false)) {
+        status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
+                           (long long)n_rows, (long long)width);
+        goto done;
+    }
+    KRUL_TRY(read_side(predict, index, payload, payload_bytes, &coding, &step, &side_bytes, err));
+    KRUL_TRY(krul_entropy_decode_columns(backend, predict->tables, payload + side_bytes,
+                                         payload_bytes - side_bytes, width, n_rows, coding.classes,
+                                         coding.shifts, coding.coefficients, err));
+    KRUL_TRY(predict_rows(predict, chain, index, decoded, err));
+    int64_t n_used = width; /* components behind the last that occurs are zeros */
+    while (n_used > 0 && coding.classes[n_used - 1] == KRUL_ENTROPY_NO_SYMBOLS) {
+        n_used--;
+    }
+    if (n_used > 0) {
+        KRUL_TRY(krul_blas_sgemm(predict->blas, true, false, n_rows, width, n_used, step,
+                                 coding.coefficients, n_rows, layer->backward, width, 1.0f, decoded,
+                                 width, err));
+    }
+    KRUL_TRY(store_rows(backend, predict, layer, token_start, decoded, views, err));
+    settle(predict, chain, index, decoded);
+    decoded = NULL;
+done:
+    free_coding(&coding);
+    free(decoded);
+    return status;
+}
+
+/* Its blocks need a profile and a chain: the functions above are the way in. */
+const krul_codec_ops krul_codec_predict = {
+    .codec = KRUL_CODEC_PREDICT,
+    .name = "predict",
+    .n_layers = 1,
+};

@@ -1,0 +1,91 @@
+"""Makes a profile ready for one conversation: what the C codec `predict` works with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _core, blas
+from .profile import TABLE_SCALES, Profile
+
+__all__ = ["UNIT_TABLE", "make_predictor"]
+
+#: The table for coefficients with a standard deviation of one step.
+UNIT_TABLE = int(np.flatnonzero(TABLE_SCALES == 1.0)[0])
+
+_CONVENTIONS = {"none": 0, "half": 1, "interleaved": 2}
+
+
+def make_predictor(
+    profile: Profile,
+    positions: Any,
+    *,
+    n_batch: int = 1,
+    token_start: int = 0,
+    is_encoding: bool = False,
+) -> _core.Predict:
+    """Return the profile's matrices, and the rotation of every token, as the codec takes them.
+
+    Parameters
+    ----------
+    profile : Profile
+    positions : array of int
+        What the model was given as positions: shape (n_tokens,), or (n_batch, n_tokens) where
+        batches differ.
+    n_batch : int
+        Conversations side by side.
+    token_start : int
+        The token that the first position is of.
+    is_encoding : bool
+        Whether the forward bases are wanted, too.
+
+    Returns
+    -------
+    krul._core.Predict
+        For one pass over the chains of a conversation at a time.
+
+    Raises
+    ------
+    ValueError, NotImplementedError
+        There is no library for matrix products; see `krul.blas.find`.
+    """
+    library = blas.find()
+    places = np.asarray(positions, np.int64)
+    n_tokens = places.shape[-1]
+    tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    layers: list[tuple[Any, ...] | None] = []
+    for layer in profile.layers:
+        if layer is None:
+            layers.append(None)
+            continue
+        rotary = layer.rotary
+        cos = sin = None
+        if rotary.convention != "none":
+            if id(rotary) not in tables:
+                tables[id(rotary)] = rotary.tables(places.reshape(-1))
+            cos, sin = tables[id(rotary)]
+        is_low = layer.left is not None
+        layers.append(
+            (
+                layer.n_heads,
+                layer.key_dim,
+                layer.sources,
+                layer.left.shape[1] if layer.left is not None else 0,
+                layer.mean,
+                layer.deviation,
+                layer.forward if is_encoding else None,
+                layer.backward,
+                None if is_low or not layer.sources else layer.maps,
+                layer.left,
+                layer.right,
+                _CONVENTIONS[rotary.convention],
+                rotary.start,
+                len(rotary.frequencies),
+                cos,
+                sin,
+            )
+        )
+    return _core.Predict(
+        library.handle, profile.tables, UNIT_TABLE, layers, n_batch, token_start, n_tokens
+    )
