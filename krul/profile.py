@@ -681,7 +681,8 @@ def _scaled_sensitivities(form: ModelForm, sensitivities: np.ndarray | None) -> 
     return np.minimum((floored / average) ** -0.5, _MAX_COARSER)
 
 
-def _choose_rank(form: ModelForm, rank: int | str | None, n_parameters: int) -> int | None:
+def choose_rank(form: ModelForm, rank: int | str | None, n_parameters: int) -> int | None:
+    """Return the rank that maps are stored with, None for whole; see :meth:`Profile.fit`."""
     layers = [layer for layer in form.layers if layer is not None]
     if isinstance(rank, str) and rank == "full":
         return None
@@ -732,7 +733,7 @@ def solve(
             f"{needed}, 4 for each of the numbers that its widest layer keeps of a token"
         )
     divisors = _scaled_sensitivities(form, sensitivities)
-    kept = _choose_rank(form, rank, n_parameters)
+    kept = choose_rank(form, rank, n_parameters)
     cov = _Covariances(moments)
     arrays: dict[str, np.ndarray] = {}
     weights: dict[int, list[np.ndarray]] = {}
