@@ -47,6 +47,8 @@ _NARROW = "float16"
 # Of the mean of the diagonal: what is added before a matrix is solved or its root inverted.
 _RIDGE = 1e-2
 _FLOOR = 1e-2
+# The noise of a usual step, 0.6 squared / 12: smaller variances are not coded.
+_NOISE = 0.03
 # How much coarser than the average a layer that matters little may become.
 _MAX_COARSER = 5.0
 # Maps that would hold more numbers than this part of the model's parameters are stored in low rank.
@@ -843,16 +845,21 @@ def _predict(
         arrays[f"{index} map scale"] = scale
         plain = arrays[f"{index} map"].astype(np.float64) * scale
     else:
-        # Of all maps of a rank, the one that leaves least: what is predicted, cut to its strongest
-        # directions.
+        # Of all maps of a rank, the one that saves most bits: what is predicted, cut to the directions
+        # in which it is largest beside what is left, and beside the quantiser's noise.
         fitted = plain.T @ together @ plain
-        _, vectors = np.linalg.eigh((fitted + fitted.T) / 2)
-        strongest = vectors[:, ::-1][:, : min(rank, width)]
-        left = plain @ strongest
+        rest = own[index] - target.T @ plain - plain.T @ target + fitted
+        values, vectors = np.linalg.eigh((rest + rest.T) / 2 + _NOISE * np.eye(width))
+        shrink = vectors / np.sqrt(values) @ vectors.T
+        grow = vectors * np.sqrt(values) @ vectors.T
+        _, directions = np.linalg.eigh(shrink @ fitted @ shrink)
+        strongest = directions[:, ::-1][:, : min(rank, width)]
+        left = plain @ (shrink @ strongest)
+        right = strongest.T @ grow
         scale = np.maximum(np.abs(left).max(0), 1e-20).astype(np.float32)
         arrays[f"{index} left"] = (left / scale).astype(_NARROW)
         arrays[f"{index} left scale"] = scale
-        arrays[f"{index} right"] = strongest.T.astype(_NARROW)
+        arrays[f"{index} right"] = right.astype(_NARROW)
         left, right = _factors(arrays, index)
         plain = left @ right
     explained = plain.T @ target
