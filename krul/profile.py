@@ -290,7 +290,9 @@ class Profile:
             Tokens at the start of each piece that are left out: they are kept exact anyway.
         rank : int, "full" or None
             Of the maps in their stored form. None stores them whole where they hold at most 1 % as
-            many numbers as the model has parameters, else with the largest rank that does.
+            many numbers as the model has parameters, else with the largest rank that does. A low
+            rank costs a good part of what prediction saves: ``"full"`` where the size of the
+            profile matters less than that of conversations.
         sensitivity_texts : int
             Pieces that the cost of an error in each layer is measured with; 0 takes all as equal.
 
@@ -845,8 +847,8 @@ def _predict(
         arrays[f"{index} map scale"] = scale
         plain = arrays[f"{index} map"].astype(np.float64) * scale
     else:
-        # Of all maps of a rank, the one that saves most bits: what is predicted, cut to the directions
-        # in which it is largest beside what is left, and beside the quantiser's noise.
+        # Of all maps of a rank, the one that saves most bits: what is predicted, cut to the
+        # directions in which it is largest beside what is left and the quantiser's noise.
         fitted = plain.T @ together @ plain
         rest = own[index] - target.T @ plain - plain.T @ target + fitted
         values, vectors = np.linalg.eigh((rest + rest.T) / 2 + _NOISE * np.eye(width))
