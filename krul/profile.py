@@ -40,8 +40,8 @@ TABLE_TOTAL = 4096
 # The standard deviation, in steps, that each table is for: three to an octave.
 TABLE_SCALES = 2.0 ** ((np.arange(34) - 15) / 3)
 
-# What matrices are stored in. float32 would double the file; coded at the same step, the bits and
-# the divergence stay the same.
+# What matrices are stored in. float32 would double the file and saves no bits: on SmolLM2, coded at
+# one step, 0.990 per value with either.
 _NARROW = "float16"
 
 # Of the mean of the diagonal: what is added before a matrix is solved or its root inverted.
