@@ -37,6 +37,7 @@ from .profile import (
     N_SYMBOLS,
     TABLE_SCALES,
     Profile,
+    choose_rank,
     frequency_table,
     laplace_counts,
     min_tokens,
@@ -399,11 +400,13 @@ def fit(
     longest = min(context_tokens, limit) if isinstance(limit, int) and limit > 0 else context_tokens
     pieces = _pieces(tokenizer, texts, max_tokens, longest, keep_first)
     _check_size(form, pieces, keep_first)
+    choose_rank(form, rank, n_parameters(inner))  # refused now, not after minutes
     key = {
         "model": form.fingerprint.exact,
         "texts": hashlib.sha256(json.dumps(pieces).encode()).hexdigest(),
         "keep_first": keep_first,
         "sensitivity_texts": sensitivity_texts,
+        "rank": rank,
     }
     book = _Checkpoint(checkpoint, key)
     state = book.load()

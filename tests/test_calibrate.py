@@ -319,6 +319,7 @@ def half(model, tmp_path, monkeypatch):
         (1, 1, {}, "model is"),
         (0, 2, {}, "texts is"),
         (0, 1, {"keep_first": 5}, "keep_first is 4 there and 5 here"),
+        (0, 1, {"rank": 3}, "rank is None there and 3 here"),
     ],
 )
 def test_a_checkpoint_of_another_calibration_is_refused(half, seed, texts, options, words):

@@ -234,6 +234,19 @@ def test_rank_is_what_it_says_and_less_costs_more(fitted):
     assert energy[0] > energy[1] > energy[2]
 
 
+def test_rank_is_spent_where_it_saves_bits(monkeypatch):
+    noise = profile_module._NOISE
+
+    def n_bits(rank):
+        deviation = made_profile(rank=rank)[0].layers[3].deviation.astype(np.float64)
+        return np.log2(1 + deviation**2 / noise).sum() / 2
+
+    by_bits = {rank: n_bits(rank) for rank in (1, 3, "full")}
+    # With this noise variances alone count, as in the ordinary regression of reduced rank.
+    monkeypatch.setattr(profile_module, "_NOISE", 1e6)
+    assert n_bits(1) > by_bits[1] > by_bits[3] > by_bits["full"]
+
+
 @pytest.mark.parametrize(("n_parameters", "rank"), [(10**6, None), (20_000, 2), (1, 1)])
 def test_default_rank_holds_one_per_cent(n_parameters, rank):
     # Whole maps: 3 * 16 * 16 = 768 numbers. Per rank: (1 + 1 + 2 + 1) * 16 = 80.
