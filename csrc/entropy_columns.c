@@ -16,6 +16,7 @@ enum {
     STARTS_BYTES = KRUL_ENTROPY_COLUMNS_HEADER_BYTES + KRUL_ENTROPY_STATES_BYTES,
     MAX_ESCAPE_BYTES = 5,
     MIN_ESCAPE_BYTES = 2, /* what fits one byte is no escape */
+    SCAN_VALUES = 64,
 };
 
 struct krul_entropy_tables {
@@ -254,6 +255,18 @@ patch_escapes(const uint8_t *bytes, size_t n_bytes, uint32_t n_escapes, size_t n
     const uint8_t *end = bytes + n_bytes;
     uint32_t n_found = 0;
     for (size_t i = 0; i < n_values; i++) {
+        /* Marks are few: most stretches are passed over by a loop that has no way out, so that
+         * compilers make it one of vectors. */
+        if (i % SCAN_VALUES == 0 && n_values - i >= SCAN_VALUES) {
+            uint32_t has_mark = 0;
+            for (size_t j = 0; j < SCAN_VALUES; j++) {
+                has_mark |= out[i + j] == mark;
+            }
+            if (has_mark == 0) {
+                i += SCAN_VALUES - 1;
+                continue;
+            }
+        }
         if (out[i] != mark) {
             continue;
         }
