@@ -85,6 +85,8 @@ test: $(TEST_READY) build model
 
 bench: $(BENCH_READY) build model
 	$(PY) -m benchmarks.bench_compressor $(BENCH_FLAGS)
+	$(PY) -m benchmarks.bench_entropy $(BENCH_FLAGS)
+	$(PY) -m benchmarks.bench_blas $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_estimator $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_save $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_codecs $(BENCH_FLAGS)

@@ -32,14 +32,18 @@ COLUMNS = [
 ]
 
 
-def tables() -> np.ndarray:
-    """Make tables of growing width, every symbol at least 1."""
-    distance = np.abs(np.arange(256) - 127)
+def shares() -> np.ndarray:
+    """Return how often each number from -127 to 127 occurs in every class."""
+    widths = 0.15 * 1.2 ** np.arange(N_TABLES)
+    found = np.exp(-np.abs(np.arange(-127, 128)) / widths[:, None])
+    return found / found.sum(1, keepdims=True)
+
+
+def tables(share: np.ndarray) -> np.ndarray:
+    """Make the tables for that, every symbol at least 1."""
     found = np.ones((N_TABLES, 256), np.uint16)
-    for index in range(N_TABLES):
-        share = np.exp(-distance / (0.15 * 1.2**index))
-        found[index] += np.floor(share / share.sum() * (4096 - 256)).astype(np.uint16)
-        found[index, 127] += 4096 - found[index].sum()
+    found[:, :255] += np.floor(share * (4096 - 256)).astype(np.uint16)
+    found[:, 127] += 4096 - found.sum(1, dtype=np.uint16)
     return found
 
 
@@ -48,20 +52,20 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time one kind of data on every backend; what comes back is checked first."""
     random = np.random.default_rng(0)
-    all_tables = tables()
+    share = shares()
+    all_tables = tables(share)
     column_class = (first_class + np.arange(N_COLUMNS) * 12 // N_COLUMNS).astype(np.uint8)[::-1]
     column_class = np.ascontiguousarray(column_class)
     token_shift = np.zeros(n_tokens, np.int8)
     token_shift[random.random(n_tokens) < shifted] = 2
     which = np.clip(column_class[:, None].astype(int) + token_shift, 0, N_TABLES - 1)
-    share = all_tables[:, :255] / all_tables[:, :255].sum(1, keepdims=True)
     starts = np.cumsum(share, 1)
     drawn = random.random(which.shape)
     values = np.zeros(which.shape, np.int32)
     for table in np.unique(which):
         here = which == table
         values[here] = np.searchsorted(starts[table], drawn[here]).clip(0, 254) - 127
-    entropy_bits = float(-(np.log2(share) * share).sum(1)[which].mean())
+    entropy_bits = float(-(np.log2(np.maximum(share, 1e-300)) * share).sum(1)[which].mean())
     if escape_share:
         values[random.random(values.shape) < escape_share] = 300
     about = (all_tables, column_class, token_shift if shifted else None)
@@ -101,7 +105,7 @@ def main() -> None:
     """Measure data of low and of high entropy, with and without shifts and escapes."""
     options = harness.parser(__doc__).parse_args()
     n_runs = 5 if options.quick else 15
-    cases = [(512, 0, 0.0, 0.0), (512, 3, 0.0, 0.0), (512, 8, 0.0, 0.0), (512, 14, 0.0, 0.0)]
+    cases = [(512, 0, 0.0, 0.0), (512, 3, 0.0, 0.0), (512, 6, 0.0, 0.0), (512, 14, 0.0, 0.0)]
     if not options.quick:
         cases += [(512, 3, 0.02, 0.0), (512, 3, 1.0, 0.0), (512, 3, 0.0, 0.001)]
         cases += [(500, 3, 0.0, 0.0), (64, 3, 0.0, 0.0)]

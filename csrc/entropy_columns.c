@@ -15,6 +15,7 @@ enum {
     N_SYMBOLS = 256,
     STARTS_BYTES = KRUL_ENTROPY_COLUMNS_HEADER_BYTES + KRUL_ENTROPY_STATES_BYTES,
     MAX_ESCAPE_BYTES = 5,
+    SCAN_VALUES = 64,
 };
 
 struct krul_entropy_tables {
@@ -277,6 +278,18 @@ patch_escapes(const krul_entropy_tables *tables, const krul_entropy_columns *col
     for (size_t column = 0; column < columns->n_columns; column++) {
         float *out = columns->out + column * columns->n_tokens;
         for (size_t token = 0; token < columns->n_tokens; token++) {
+            /* Marks are few: most stretches are passed over by a loop that has no way out, so that
+             * compilers make it one of vectors. */
+            if (token % SCAN_VALUES == 0 && columns->n_tokens - token >= SCAN_VALUES) {
+                uint32_t has_mark = 0;
+                for (size_t i = 0; i < SCAN_VALUES; i++) {
+                    has_mark |= out[token + i] == mark;
+                }
+                if (has_mark == 0) {
+                    token += SCAN_VALUES - 1;
+                    continue;
+                }
+            }
             if (out[token] != mark) {
                 continue;
             }

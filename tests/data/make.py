@@ -314,6 +314,26 @@ def entropy_seed(symbols: bytes) -> bytes:
     return bytes((0, 0, 0, 0, 0, len(symbols) >> 8, len(symbols) & 255, 0)) + stream
 
 
+def columns_seed(n_columns: int, n_tokens: int, has_shift: bool, has_escapes: bool) -> bytes:
+    """A column stream behind the same eight bytes; fuzz_codecs.c has the same tables."""
+    from krul import _core
+
+    tables = np.repeat([[16], [8], [4], [2]], 256, axis=1).astype(np.uint16)
+    tables[:, 127] += 4096 - tables.sum(axis=1, dtype=np.uint16)
+    first_class = 2
+    classes = [255 if i % 4 == 3 else (first_class + i) % 8 for i in range(n_columns)]
+    shifts = np.array([i % 7 - 3 if i % 5 == 4 else 0 for i in range(n_tokens)], np.int8)
+    numbers = np.arange(n_columns * n_tokens).reshape(n_columns, n_tokens)
+    values = (numbers * numbers % 7 - 3).astype(np.int32)
+    if has_escapes:
+        values[numbers % 31 == 5] = 40000
+        values[numbers % 31 == 7] = -(2**31)
+    values[np.array(classes) == 255] = 0
+    about = (tables, np.array(classes, np.uint8), shifts if has_shift else None)
+    stream = bytes(_core.entropy_encode_columns(values, *about))
+    return bytes((7, has_shift, 0, 0, 0, n_tokens, n_columns, first_class)) + stream
+
+
 def files() -> dict[Path, bytes]:
     """Every file and its content."""
     found = {
@@ -340,6 +360,12 @@ def files() -> dict[Path, bytes]:
     found[corpus / "codecs" / "entropy-skewed"] = entropy_seed(skewed)
     found[corpus / "codecs" / "entropy-one-symbol"] = entropy_seed(b"a" * 300)
     found[corpus / "codecs" / "entropy-empty"] = entropy_seed(b"")
+    for name, about in {
+        "columns-plain": (5, 64, False, False),
+        "columns-shifted": (5, 70, True, False),
+        "columns-escapes": (3, 45, True, True),
+    }.items():
+        found[corpus / "codecs" / name] = columns_seed(*about)
     return found
 
 

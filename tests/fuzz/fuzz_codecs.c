@@ -9,7 +9,7 @@
 #include "krul.h"
 
 enum {
-    AT_CODEC = 0, /* 0: an entropy stream; else a krul_codec */
+    AT_CODEC = 0, /* 0: an entropy stream; a krul_codec; one more: a column stream */
     AT_KV = 1,
     AT_DTYPE = 2,
     AT_N_BATCH = 3,
@@ -153,15 +153,87 @@ fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
     free(first);
 }
 
+enum {
+    N_COLUMN_TABLES = 4,
+    MAX_N_COLUMNS = 8,
+    COLUMNS_CHOICE = KRUL_CODEC_SHARE_INT4 + 1,
+};
+
+/* Four tables: flat, and ever steeper about the symbol of 0; tests/data/make.py has the same. */
+static krul_entropy_tables *
+make_column_tables(void)
+{
+    krul_entropy_table made[N_COLUMN_TABLES];
+    krul_entropy_tables *tables = NULL;
+    for (int table = 0; table < N_COLUMN_TABLES; table++) {
+        for (int symbol = 0; symbol < 256; symbol++) {
+            made[table].frequency[symbol] = (uint16_t)(16 >> table);
+        }
+        made[table].frequency[127] = (uint16_t)(4096 - 255 * (16 >> table));
+    }
+    need(krul_entropy_tables_new(made, N_COLUMN_TABLES, &tables, NULL) == KRUL_STATUS_OK);
+    return tables;
+}
+
+/* Classes count up from AT_WANTED, every fourth column without symbols; where AT_KV is odd every
+ * fifth token has a shift. */
+static void
+fuzz_columns(const uint8_t *bytes, size_t n_bytes)
+{
+    size_t n_tokens = bytes[AT_N_TOKENS], n_columns = bytes[AT_HEAD_DIM] % MAX_N_COLUMNS;
+    size_t n_values = n_columns * n_tokens;
+    uint8_t column_class[MAX_N_COLUMNS];
+    for (size_t i = 0; i < MAX_N_COLUMNS; i++) {
+        column_class[i] = i % 4 == 3 ? 255 : (uint8_t)((bytes[AT_WANTED] + i) % 8);
+    }
+    int8_t *token_shift = malloc(n_tokens + 1); /* no more than that, to be seen by a sanitizer */
+    krul_entropy_tables *tables = make_column_tables();
+    need(token_shift != NULL);
+    for (size_t i = 0; i < n_tokens; i++) {
+        token_shift[i] = (int8_t)(i % 5 == 4 ? (int)(i % 7) - 3 : 0);
+    }
+    float *first = NULL;
+    krul_status first_status = KRUL_STATUS_OK;
+    for (int i = 0; i < krul_backend_count(); i++) {
+        const krul_backend *backend = krul_backend_at(i);
+        if (!krul_backend_is_usable(backend)) {
+            continue;
+        }
+        float *values = calloc(n_values + 1, sizeof *values);
+        need(values != NULL);
+        krul_error err = {0};
+        krul_status status = krul_entropy_decode_columns(
+            backend, tables, bytes + CHOICE_BYTES, n_bytes - CHOICE_BYTES, (int64_t)n_columns,
+            (int64_t)n_tokens, column_class, bytes[AT_KV] % 2 == 1 ? token_shift : NULL, values,
+            &err);
+        need_known(status, &err);
+        need(values[n_values] == 0);
+        if (first == NULL) {
+            first = values;
+            first_status = status;
+            continue;
+        }
+        need(status == first_status);
+        need(status != KRUL_STATUS_OK || memcmp(values, first, n_values * sizeof *values) == 0);
+        free(values);
+    }
+    free(first);
+    free(token_shift);
+    krul_entropy_tables_free(tables);
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes)
 {
     if (n_bytes < CHOICE_BYTES) {
         return 0;
     }
-    int choice = bytes[AT_CODEC] % (KRUL_CODEC_SHARE_INT4 + 1);
+    int choice = bytes[AT_CODEC] % (COLUMNS_CHOICE + 1);
     if (choice == 0) {
         fuzz_entropy(bytes, n_bytes);
+    }
+    else if (choice == COLUMNS_CHOICE) {
+        fuzz_columns(bytes, n_bytes);
     }
     else {
         fuzz_codec(bytes, n_bytes, (krul_codec)choice);
