@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import krul
-from krul import costs
+from krul import costs, observe
 
 # Blocks begin at tokens 0, 4, 516 and 1028.
 N_HISTORY = 1100
@@ -479,6 +479,9 @@ def test_closing_in_the_middle_of_a_pass_is_an_error_there(store, llama):
                 next_logits(llama, cache)
         finally:
             hook.remove()
+    with krul.attach(llama), torch.no_grad():
+        llama(models.token_ids(3, 9), past_key_values=krul.Cache(model=llama))
+    assert all(watch is None for watch in observe._thread.stack)
 
 
 def test_the_timeline_of_a_restore(store, llama):
