@@ -437,7 +437,9 @@ krul_status krul_store_write(int directory_fd, const char *name, krul_store_kind
  *   P_l    a layer of the prompt's pass, m tokens after N: linear * m + quadratic * ((N + m)^2 - N^2)
  *          + overhead, 0 without tokens
  *   f_l    part of a layer that is read: blocks are read whole, so those that end after n_l
- *   load_l read * f_l, or max(read, decode) * f_l where decoding overlaps reading
+ *   load_l read * f_l, or max(read, decode) * f_l where decoding overlaps reading. What a layer shares
+ *          with a lower one p is read once: pair_read * f_p of it with layer p, and what only l needs,
+ *          pair_read * (f_l - f_p), with layer l
  *   E_l    latency + load_0 + ... + load_l: one channel, layers in order, latency only before a load
  *   D      sum of decode * f_l where decoding takes the model's processors, else 0
  *
@@ -466,6 +468,9 @@ typedef struct krul_restore_costs {
     const double *overhead_s; /* of a layer in a pass, whatever its tokens */
     const double *read_s; /* of all n_tokens of a layer */
     const double *decode_s; /* likewise */
+    const int32_t
+        *partner; /* the lower layer that one shares blocks with, or -1; NULL: none does */
+    const double *pair_read_s; /* of all these blocks, for the upper layer; not in its read_s */
     double latency_s; /* before the first load */
     bool decode_on_compute; /* decoding takes the processors that the model runs on */
     int64_t block_tokens; /* of a stored block; 0 and 1: any token can be read alone */
@@ -481,7 +486,8 @@ typedef struct krul_restore_plan {
     double load_s; /* the same for KRUL_RESTORE_SHAPE_LOAD */
     double recompute_s; /* and for KRUL_RESTORE_SHAPE_RECOMPUTE */
     double bound_s; /* no n_recomputed at all is faster: the best of any real numbers, were no layer
-                     * needed before the last and n_l free to grow with depth */
+                     * needed before the last and n_l free to grow with depth; of two layers that
+                     * share blocks each pays for a part of them */
 } krul_restore_plan;
 
 typedef enum krul_restore_action {

@@ -189,8 +189,7 @@ class CostBook:
         ----------
         n_layers, n_batch : int
         blocks : iterable of (layers, codec, payload_bytes, decoded_bytes)
-            Two layers in one block are read for as long as the upper one, which is recomputed for
-            fewer tokens, needs it.
+            Two layers in one block: the lower one first.
         read_bytes_per_s : float
         n_threads : int
             0 means every processor.
@@ -205,14 +204,27 @@ class CostBook:
         forward = self.forward()
         if forward is None:
             return None
-        read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
+        read_s, decode_s, pair_read_s = np.zeros((3, n_layers))
+        pairs: dict[tuple[int, ...], float] = {}
         n_threads = n_threads or os.cpu_count() or 1
         for layers, codec, payload_bytes, decoded_bytes in blocks:
             rate = self.decode_bytes_per_s(codec) or _UNKNOWN_DECODE_BYTES_PER_S
-            read_s[layers[-1]] += payload_bytes / read_bytes_per_s
+            seconds = payload_bytes / read_bytes_per_s
+            if len(layers) == 1:
+                read_s[layers[0]] += seconds
+            else:
+                pairs[layers] = pairs.get(layers, 0.0) + seconds
             decode_s[list(layers)] += decoded_bytes / rate / n_threads / len(layers)
+        # A layer that had other partners in other segments keeps the one with most; what it shared
+        # with the rest counts as its own, for it needs that longest.
+        partner = [-1] * n_layers
+        for (lower, upper), seconds in sorted(pairs.items(), key=lambda pair: pair[1]):
+            read_s[upper] += pair_read_s[upper]
+            partner[upper], pair_read_s[upper] = lower, seconds
         return Costs(
             n_layers,
+            partner=partner,
+            pair_read_s=pair_read_s,
             overhead_s=forward.overhead_s / n_layers,
             linear_s_per_token=n_batch * forward.linear_s_per_token / n_layers,
             quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,

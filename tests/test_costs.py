@@ -177,3 +177,22 @@ def test_the_command_line_shows_them(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "forward pass of n tokens" in text
     assert "decoding int4" in text
+
+
+def test_pairs_are_counted_apart_and_other_partners_bytes_to_the_upper_layer():
+    book = book_of(ForwardCost(0.0, 1e-3, 0.0), [(0, 100), (0, 200), (0, 400)])
+    blocks = [
+        ((0,), 3, 100, 400),
+        ((0, 2), 3, 600, 800),
+        ((1, 2), 3, 50, 800),
+        ((0, 2), 3, 200, 800),
+        ((1, 3), 3, 70, 800),
+    ]
+    found = book.plan_costs(
+        4, 1, blocks, read_bytes_per_s=10, n_threads=2, block_tokens=512, first_block_tokens=4
+    )
+    assert found.partner.tolist() == [-1, -1, 0, 1]
+    assert found.pair_read_s.tolist() == [0, 0, 80, 7]
+    assert found.read_s.tolist() == [10, 0, 5, 0]
+    decoded = np.array([400 + 800, 800, 1200, 400]) / 1e9 / 2
+    np.testing.assert_allclose(found.decode_s, decoded)
