@@ -17,7 +17,7 @@ _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 _Entry: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
 # 5 x n_layers seconds (linear, quadratic, overhead, read, decode), latency_s, decode_on_compute,
 # block_tokens, first_block_tokens
-_PlanCosts: TypeAlias = tuple[npt.NDArray[np.float64], float, bool, int, int]
+_PlanCosts: TypeAlias = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], float, bool, int, int]
 
 def advise_huge_pages(address: int, n_bytes: int, /) -> None: ...
 def backends() -> list[tuple[str, bool, bool]]: ...

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache import Cache
-from .costs import cost_book
+from .costs import cost_book, know_model
 from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
 from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
@@ -130,6 +130,7 @@ def open_cache(
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
+        know_model(cache.costs, model)
         cache.handle = attach(model)
         if arrival is not None:
             arrival.fill(cache)
