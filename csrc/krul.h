@@ -598,6 +598,10 @@ bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_
  * them are dropped. When it returns no thread writes there, now or later. */
 void krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens);
 
+/* Take steps that have not begun in this order from now on: a permutation of n_steps indices. */
+krul_status krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps,
+                                 krul_error *err) KRUL_MUST_CHECK;
+
 /* Change how many bytes are read per second; reads under way end as they began. */
 void krul_restore_limit(krul_restore *restore, double max_bytes_per_s);
 

@@ -46,7 +46,8 @@ struct krul_restore {
     double start_s;
     pthread_mutex_t lock; /* guards all below, the layers, states and traces */
     pthread_cond_t has_changed;
-    int64_t next_step;
+    int64_t *order; /* in which steps are taken */
+    int64_t next_step; /* place in order */
     int n_running; /* workers submitted and not yet ended */
     bool is_cancelled;
     double max_bytes_per_s;
@@ -122,7 +123,10 @@ static int64_t
 take_step(krul_restore *restore)
 {
     while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
-        int64_t index = restore->next_step++;
+        int64_t index = restore->order[restore->next_step++];
+        if (restore->states[index] != STEP_WAITING) {
+            continue; /* taken before the order changed */
+        }
         if (is_wanted(&restore->steps[index])) {
             restore->states[index] = STEP_READING;
             return index;
@@ -354,8 +358,9 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
     restore->states = calloc((size_t)n_steps + 1, 1);
     restore->traces = calloc((size_t)n_steps + 1, sizeof *restore->traces);
     restore->layers = calloc((size_t)restore->n_layers + 1, sizeof *restore->layers);
+    restore->order = calloc((size_t)n_steps + 1, sizeof *restore->order);
     if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
-        restore->layers == NULL) {
+        restore->layers == NULL || restore->order == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
                          (long long)n_steps, (int)restore->n_layers);
     }
@@ -363,6 +368,7 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
         const krul_restore_step *step = &steps[i];
         restore->steps[i] = *step;
         restore->traces[i].worker = -1;
+        restore->order[i] = i;
         if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
             restore->buffer_bytes = (size_t)step->entry.payload_bytes;
         }
@@ -539,6 +545,41 @@ krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens)
     pthread_mutex_unlock(&restore->lock);
 }
 
+krul_status
+krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (n_steps != restore->n_steps) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE, "order has %lld steps but the restore %lld",
+                         (long long)n_steps, (long long)restore->n_steps);
+    }
+    uint8_t *is_named = calloc((size_t)n_steps + 1, 1);
+    if (is_named == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory to order %lld steps",
+                         (long long)n_steps);
+    }
+    for (int64_t i = 0; i < n_steps; i++) {
+        if (order[i] < 0 || order[i] >= n_steps || is_named[order[i]]) {
+            status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                               "order has %lld at %lld but must name each of %lld steps once",
+                               (long long)order[i], (long long)i, (long long)n_steps);
+            goto done;
+        }
+        is_named[order[i]] = 1;
+    }
+    pthread_mutex_lock(&restore->lock);
+    while (restore->machine != NULL && imagine_step(restore, restore->machine->now_s)) {
+    }
+    /* A worker that found nothing left has gone: then nothing is waiting either. */
+    memcpy(restore->order, order, (size_t)n_steps * sizeof *order);
+    restore->next_step = 0;
+    pthread_mutex_unlock(&restore->lock);
+
+done:
+    free(is_named);
+    return status;
+}
+
 void
 krul_restore_limit(krul_restore *restore, double max_bytes_per_s)
 {
@@ -616,6 +657,7 @@ krul_restore_free(krul_restore *restore)
     free(restore->states);
     free(restore->traces);
     free(restore->layers);
+    free(restore->order);
     free(restore->free_s);
     free(restore);
 }

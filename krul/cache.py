@@ -688,7 +688,7 @@ class Cache(DynamicCache):
             prepare(n_prompt_tokens, n_tokens, blocker, self._recompute_prefix)
         self._wait_s += time.perf_counter() - start
 
-    def _recompute_prefix(self, n_by_layer: list[int]) -> None:
+    def _recompute_prefix(self, n_by_layer: list[int], **chunks: Any) -> None:
         """Write K and V of so many tokens of each layer into the buffers that are being filled."""
         ids, mask, positions = self._history.merge()  # type: ignore[union-attr]
         recompute_prefix(
@@ -703,6 +703,7 @@ class Cache(DynamicCache):
             attention_mask=mask,
             positions=torch.arange(ids.shape[1])[None] if positions is None else positions,
             chunk_tokens=_RECOMPUTE_CHUNK,
+            **chunks,
         )
 
     def _wait_for_layer(self, index: int) -> None:

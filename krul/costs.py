@@ -44,7 +44,7 @@ _TIME_RANGE = (1e-7, 1e5)
 _OWN_SHARE = 0.5
 
 # Of a decoder that was never measured: slower than any of them has been.
-_UNKNOWN_DECODE_BYTES_PER_S = 1e9
+UNKNOWN_DECODE_BYTES_PER_S = 1e9
 
 # Weights, beside a measured pass, of what is believed of costs that were not told apart.
 _NO_OVERHEAD_WEIGHT, _SHARE_WEIGHT = 0.01, 0.1
@@ -276,7 +276,7 @@ class CostBook:
         pairs: dict[tuple[int, ...], float] = {}
         n_threads = n_threads or os.cpu_count() or 1
         for layers, codec, payload_bytes, decoded_bytes in blocks:
-            rate = self.decode_bytes_per_s(codec) or _UNKNOWN_DECODE_BYTES_PER_S
+            rate = self.decode_bytes_per_s(codec) or UNKNOWN_DECODE_BYTES_PER_S
             seconds = payload_bytes / read_bytes_per_s
             if len(layers) == 1:
                 read_s[layers[0]] += seconds
