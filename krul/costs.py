@@ -100,7 +100,9 @@ def _fit(
     largest, smallest = int(np.argmax(rows[:, 1])), int(np.argmin(seconds))
     beliefs = [[_NO_OVERHEAD_WEIGHT / seconds[smallest], 0.0, 0.0]]
     if attention_share is not None:
-        belief = _SHARE_WEIGHT * rows[largest, 1] ** 2 / seconds[largest]
+        n_tokens = rows[largest, 1]
+        # So that passes outweigh a share of any size by the same.
+        belief = _SHARE_WEIGHT * n_tokens**2 / seconds[largest] / (1 + attention_share * n_tokens)
         beliefs.append([0.0, -belief * attention_share, belief])
     rows /= seconds[:, None]
     scale = np.abs(rows).max(axis=0)

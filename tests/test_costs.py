@@ -88,10 +88,11 @@ def test_many_passes_decide_against_the_shape():
     truth = ForwardCost(0.01, 1e-3, 1e-6)
     sizes = [(0, 64), (0, 200), (200, 500), (0, 1000), (4000, 2000), (0, 9000)]
     book = book_of(truth, sizes * 4)
-    book.attention_share = 1e-5  # a hundred times less than it is
-    for n_before, n_new in sizes:
-        expected = truth.seconds(n_new, n_before)
-        assert book.forward().seconds(n_new, n_before) == pytest.approx(expected, rel=0.02)
+    for share in (1e-5, 1e-1):  # a hundred times less and more than it is
+        book.attention_share = share
+        for n_before, n_new in sizes:
+            expected = truth.seconds(n_new, n_before)
+            assert book.forward().seconds(n_new, n_before) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "deepseek_v3", "gpt2", "gpt_neo"])
