@@ -272,7 +272,7 @@ class Source:
         self,
         n_prompt_tokens: int,
         n_tokens: int,
-        blocker: str,
+        why_not: Callable[[], str],
         recompute: Callable[..., None],
     ) -> None:
         """Decide, once, what is recomputed instead of being waited for, and do that.
@@ -283,8 +283,8 @@ class Source:
             Of the forward pass that is about to begin; 0 where there is none.
         n_tokens : int
             Tokens that the cache still holds; fewer than were stored where the history changed.
-        blocker : str
-            Why nothing can be recomputed; empty when it can.
+        why_not : callable
+            Says why nothing can be recomputed, or nothing when it can; asked where it matters.
         recompute : callable
             Writes K and V of so many tokens of each layer, from the first; with ``chunk_ends`` and
             ``before_chunk`` as `krul.recompute.recompute_prefix` has them. What it raises is noted,
@@ -294,7 +294,10 @@ class Source:
             return
         self._is_prepared = True
         self._n_tokens = n_tokens
-        self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
+        blocker = ""
+        self._plan = self._make_plan(n_prompt_tokens, n_tokens, "")
+        if any(self._plan.n_recomputed_by_layer) and (blocker := why_not()):
+            self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
         self._reason = self._plan.reason
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
         if blocker and any(n_by_layer):

@@ -117,7 +117,7 @@ def test_chunks_end_where_they_are_told_to_and_shrink():
 # ---- restores ------------------------------------------------------------------------------------
 
 N_HISTORY = 2100
-SLEEP_S = 0.06
+SLEEP_S = 0.1
 
 
 @pytest.fixture
@@ -171,12 +171,15 @@ def restored(tmp_path, model, factor, slowness, x, restore="auto"):
 
 
 @pytest.mark.parametrize(
-    ("slowness", "least", "most"), [(0.4, 0.5, 0.85), (1.0, 0.33, 0.67), (3.0, 0.1, 0.42)]
+    ("slowness", "least", "most"), [(0.4, 0.4, 0.85), (1.0, 0.33, 0.67), (3.0, 0.1, 0.42)]
 )
 def test_a_model_that_is_slower_or_faster_than_known_recomputes_less_or_more(
     tmp_path, sleepy, slowness, least, most
 ):
-    """Both sides would end at once at a share of 0.71, 0.5 and 0.25; the plan has 0.49."""
+    """Both sides would end at once at a share of 0.71, 0.5 and 0.25; the plan has 0.49.
+
+    Less is recomputed wherever that helps, more only until a column's first layers are in.
+    """
     model, factor = sleepy
     report, seconds, recompute_s, _, error = restored(tmp_path, model, factor, slowness, 1.0)
     assert error <= 1e-5
@@ -201,8 +204,8 @@ def test_a_failure_in_mid_course_loads_what_was_let_go(tmp_path, sleepy):
     model, factor = sleepy
     calls = [0]
 
-    def strike(*_):
-        calls[0] += factor[0] > 0  # from the restore on
+    def strike(module, args):
+        calls[0] += factor[0] > 0 and args[0].shape[1] > 100  # the columns of the restore
         if calls[0] == 2:
             raise ArithmeticError("struck")
 
