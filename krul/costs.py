@@ -274,17 +274,20 @@ class CostBook:
         forward = self.forward()
         if forward is None:
             return None
-        read_s, decode_s, pair_read_s = np.zeros((3, n_layers))
+        read_s, decode_s, pair_read_s = ([0.0] * n_layers for _ in range(3))
         pairs: dict[tuple[int, ...], float] = {}
         n_threads = n_threads or os.cpu_count() or 1
+        with self._lock:
+            rates = dict(self._decode_bytes_per_s)
         for layers, codec, payload_bytes, decoded_bytes in blocks:
-            rate = self.decode_bytes_per_s(codec) or UNKNOWN_DECODE_BYTES_PER_S
+            rate = rates.get(codec) or UNKNOWN_DECODE_BYTES_PER_S
             seconds = payload_bytes / read_bytes_per_s
             if len(layers) == 1:
                 read_s[layers[0]] += seconds
             else:
                 pairs[layers] = pairs.get(layers, 0.0) + seconds
-            decode_s[list(layers)] += decoded_bytes / rate / n_threads / len(layers)
+            for layer in layers:
+                decode_s[layer] += decoded_bytes / rate / n_threads / len(layers)
         # A layer that had other partners in other segments keeps the one with most; what it shared
         # with the rest counts as its own, for it needs that longest.
         partner = [-1] * n_layers

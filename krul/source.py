@@ -780,14 +780,17 @@ def _step_of(
     if entry.token_start >= end or any(layer not in buffers for layer in layers):
         return None
     stop = min(end, entry.token_start + entry.n_tokens)
-    views = tuple(buffers[x][entry.kv][:, :, entry.token_start : stop] for x in layers)
+    n_tokens = stop - entry.token_start
+    views = tuple([buffers[x][entry.kv].narrow(2, entry.token_start, n_tokens) for x in layers])
+    # All of a block's views have one shape and dtype.
+    view_bytes = views[0].numel() * views[0].element_size()
     return _Step(
         layers=layers,
         token_start=entry.token_start,
         token_end=stop,
         codec=entry.codec,
         payload_bytes=entry.payload_bytes,
-        decoded_bytes=sum(view.numel() * view.element_size() for view in views),
+        decoded_bytes=view_bytes * len(views),
         fd=fd,
         entry=entry,
         views=views,
