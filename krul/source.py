@@ -51,8 +51,8 @@ _EXPECTED_PROMPT_TOKENS = 64
 _TRUSTED_READ_BYTES = 1 << 20
 _LATE, _TRUSTED_READ_S = 4.0, 0.05
 
-# Restores that are planned anew while they run.
-_ADAPTED = ("auto", "mixed")
+# Restores that are planned anew while they run: those for which no shape was asked.
+_ADAPTED = ("auto",)
 
 # Loading is as good as a plan that saves no more of its time: predictions are not that exact.
 _WORTH = 0.97

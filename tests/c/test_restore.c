@@ -383,7 +383,9 @@ meddle(void *argument)
                 for (int64_t k = 0; k < N_LAYERS; k++) {
                     order[k] = (k * 2 + layer) % N_LAYERS;
                 }
-                CHECK(krul_restore_reorder(with->restore, order, N_LAYERS, &err) == KRUL_STATUS_OK);
+                if (krul_restore_reorder(with->restore, order, N_LAYERS, &err) != KRUL_STATUS_OK) {
+                    abort(); /* CHECK counts, and is for one thread */
+                }
                 break;
             }
             case 5: {
