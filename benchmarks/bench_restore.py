@@ -4,11 +4,16 @@ Each way reads through a limit, set so that recomputing the history takes x time
 its K/V as 16-bit numbers would. A way that keeps fewer bytes is given the time that its own bytes
 take; one whose bytes here differ from what it stands for (float32 models store more than 16 bits)
 has its limit scaled so that it is not. All ways run on krul's own reader and threads.
+
+Then from a store without a limit, in the page cache: against a cache that never left memory, by
+turns, for prompts of several lengths. ``--only 4096:0.5,1 512:fast`` runs a part and replaces its
+rows in the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -30,9 +35,17 @@ from krul.demo_model import load
 
 from . import harness, texts
 
-HISTORIES = {512: (0.1, 0.3, 1, 3, 10, 30, 100), 4096: (0.5, 1, 2, 5), 7936: (10,)}
-QUICK_HISTORIES = {512: (1, 10)}
+Part = float | str  # an x, or the fast store
+FAST = "fast"
+HISTORIES: dict[int, tuple[Part, ...]] = {
+    512: (0.1, 0.3, 1, 3, 10, 30, 100, FAST),
+    4096: (0.5, 1, 2, 5, FAST),
+    7936: (0.1, 1, 10, 100),
+}
+QUICK_HISTORIES: dict[int, tuple[Part, ...]] = {512: (1, 10, FAST)}
 N_PROMPT = 64
+FAST_PROMPTS = (64, 128, 256)
+N_FAST_RUNS = 9
 # A way that takes longer is run once, a quicker one three times.
 SLOW_S = 4.0
 # Two correct runs of the model in float32; products of other shapes add in another order.
@@ -41,10 +54,12 @@ CLOSE = 2e-3
 COLUMNS = [
     ("n_tokens", "history", ",d"),
     ("x", "x", "g"),
+    ("n_prompt", "prompt", "d"),
     ("way", "way", ""),
     ("first_token_s", "first token, s", ".3f"),
     ("faster_than_recompute", "x faster than recompute", ".2f"),
     ("times_bound", "x the bound", ".2f"),
+    ("times_memory", "x memory", ".2f"),
     ("plan", "plan", ""),
     ("recomputed", "recomputed", ".0%"),
     ("predicted_s", "predicted, s", ".3f"),
@@ -164,9 +179,9 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     @torch.no_grad()
-    def first_token(self, cache: Any, n_tokens: int) -> torch.Tensor:
+    def first_token(self, cache: Any, n_tokens: int, n_prompt: int = N_PROMPT) -> torch.Tensor:
         """Run the new prompt; return its last logits."""
-        new = self.ids[:, n_tokens : n_tokens + N_PROMPT]
+        new = self.ids[:, n_tokens : n_tokens + n_prompt]
         return self.model(
             new, past_key_values=cache, use_cache=True, logits_to_keep=N_PROMPT
         ).logits[0]
@@ -243,9 +258,48 @@ class Bench:
             )
         return found
 
-    def one_history(self, n_tokens: int, xs: tuple[float, ...]) -> None:
-        """Time every way at every x."""
+    def fast_store(self, n_tokens: int, ways: list[Way]) -> None:
+        """Time krul's ways without a limit against a cache in memory, by turns."""
+        mine = [way for way in ways if way.name.startswith("krul")]
+        memory = way_in_memory(self, n_tokens)
+        for n_prompt in FAST_PROMPTS:
+            seconds: dict[str, list[float]] = {"in memory": [], **{way.name: [] for way in mine}}
+            for _ in range(N_FAST_RUNS):
+                started = time.perf_counter()
+                self.first_token(memory, n_tokens, n_prompt)
+                seconds["in memory"].append(time.perf_counter() - started)
+                memory.crop(-n_prompt)
+                for way in mine:
+                    started = time.perf_counter()
+                    with way.restore(0.0) as cache:
+                        self.first_token(cache, n_tokens, n_prompt)
+                        seconds[way.name].append(time.perf_counter() - started)
+            memory_s = statistics.median(seconds["in memory"])
+            for name, found in seconds.items():
+                self.rows.append(
+                    {
+                        "n_tokens": n_tokens,
+                        "x": None,
+                        "part": FAST,
+                        "n_prompt": n_prompt,
+                        "way": name if name == "in memory" else f"{name}, fast store",
+                        "first_token_s": statistics.median(found),
+                        "minimum_s": min(found),
+                        "n_runs": len(found),
+                        "times_memory": statistics.median(found) / memory_s,
+                    }
+                )
+        memory.close()
+
+    def one_history(self, n_tokens: int, parts: tuple[Part, ...]) -> None:
+        """Time every way at every x, or from a fast store."""
         ways = self.ways(n_tokens)
+        if FAST in parts:
+            print(f"{n_tokens:,} tokens, fast store ...", file=sys.stderr, flush=True)
+            self.fast_store(n_tokens, ways)
+        xs = [x for x in parts if not isinstance(x, str)]
+        if not xs:
+            return
         expected = self.recompute(n_tokens)
         recompute_s = statistics.median(
             _seconds(lambda: self.recompute(n_tokens)) for _ in range(3 if n_tokens < 4096 else 1)
@@ -257,7 +311,7 @@ class Bench:
         for x in xs:
             print(f"{n_tokens:,} tokens, x = {x:g} ...", file=sys.stderr, flush=True)
             rate = x * bf16_bytes / recompute_s
-            base = {"n_tokens": n_tokens, "x": x}
+            base = {"n_tokens": n_tokens, "x": x, "part": x, "n_prompt": N_PROMPT}
             self.rows.append(
                 base
                 | {
@@ -348,14 +402,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["x"] is not None]
     histories = sorted({row["n_tokens"] for row in rows})
     figure, axes = plt.subplots(1, len(histories), figsize=(5 * len(histories), 4), squeeze=False)
     for axis, n_tokens in zip(axes[0], histories, strict=True):
         mine = [row for row in rows if row["n_tokens"] == n_tokens]
         for name in dict.fromkeys(row["way"] for row in mine):
-            line = [(row["x"], row["first_token_s"]) for row in mine if row["way"] == name]
+            line = sorted((row["x"], row["first_token_s"]) for row in mine if row["way"] == name)
             axis.plot(*zip(*line, strict=True), marker=".", label=name)
-        bound = [(row["x"], row["bound_s"]) for row in mine if row["way"] == "krul int4"]
+        bound = sorted((row["x"], row["bound_s"]) for row in mine if row["way"] == "krul int4")
         axis.plot(*zip(*bound, strict=True), "k--", label="bound, krul int4")
         axis.set(
             xscale="log", yscale="log", xlabel="x: recompute / load", title=f"{n_tokens:,} tokens"
@@ -366,14 +421,46 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def part_of(text: str) -> tuple[int, tuple[Part, ...]]:
+    """Read ``4096:0.5,1,fast``; without a colon all of a history."""
+    n_tokens, _, parts = text.partition(":")
+    if not parts:
+        return int(n_tokens), HISTORIES.get(int(n_tokens), (0.3, 1, 3, 10, 30))
+    return int(n_tokens), tuple(x if x == FAST else float(x) for x in parts.split(","))
+
+
+def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Return these rows and those of other parts that `path` holds, from this machine."""
+    if not path.exists():
+        return rows
+    known = json.loads(path.read_text())
+    if known["machine"]["processor"] != harness.machine()["processor"]:
+        sys.exit(f"{path} is of {known['machine']['cpu']}: its rows and these are not to be mixed")
+    new = {(row["n_tokens"], row["part"]) for row in rows}
+    kept = [row for row in known["rows"] if (row["n_tokens"], row.get("part", row["x"])) not in new]
+    order = [(n, part) for n, parts in HISTORIES.items() for part in parts]
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        part = (row["n_tokens"], row.get("part", row["x"]))
+        return row["n_tokens"], order.index(part) if part in order else len(order)
+
+    return sorted([*kept, *rows], key=place)
+
+
 def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0])
-    parser.add_argument("--histories", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument(
+        "--only",
+        type=part_of,
+        nargs="+",
+        metavar="TOKENS[:X,...]",
+        help="run this part and replace its rows in the results; an X may be 'fast'",
+    )
     parser.add_argument("--png", type=Path, help="where the picture goes")
     options: argparse.Namespace = parser.parse_args()
     chosen = QUICK_HISTORIES if options.quick else HISTORIES
-    if options.histories:
-        chosen = {n: HISTORIES.get(n, (0.3, 1, 3, 10, 30)) for n in options.histories}
+    if options.only:
+        chosen = dict(options.only)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
@@ -389,7 +476,11 @@ def main() -> None:
         "prompt's pass after the recomputed part.",
         "Fixed pairs change what the model says (see mean KL); the other uncompressed ways give "
         "its logits to float rounding.",
+        f"The fast store has no limit and is in the page cache: medians of {N_FAST_RUNS}, each run "
+        "beside one of a cache that never left memory.",
     ]
+    if options.only and not options.quick:
+        bench.rows = merged(bench.rows, options.json or harness.RESULTS / "restore.json")
     harness.finish(
         "restore", bench.rows, COLUMNS, notes=notes, is_quick=options.quick, path=options.json
     )

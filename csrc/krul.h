@@ -595,7 +595,9 @@ krul_status krul_store_write(int directory_fd, const char *name, krul_store_kind
  *   P_l    a layer of the prompt's pass, m tokens after N: linear * m + quadratic * ((N + m)^2 - N^2)
  *          + overhead, 0 without tokens
  *   f_l    part of a layer that is read: blocks are read whole, so those that end after n_l
- *   load_l read * f_l, or max(read, decode) * f_l where decoding overlaps reading
+ *   load_l read * f_l, or max(read, decode) * f_l where decoding overlaps reading. What a layer shares
+ *          with a lower one p is read once: pair_read * f_p of it with layer p, and what only l needs,
+ *          pair_read * (f_l - f_p), with layer l
  *   E_l    latency + load_0 + ... + load_l: one channel, layers in order, latency only before a load
  *   D      sum of decode * f_l where decoding takes the model's processors, else 0
  *
@@ -624,6 +626,9 @@ typedef struct krul_restore_costs {
     const double *overhead_s; /* of a layer in a pass, whatever its tokens */
     const double *read_s; /* of all n_tokens of a layer */
     const double *decode_s; /* likewise */
+    const int32_t
+        *partner; /* the lower layer that one shares blocks with, or -1; NULL: none does */
+    const double *pair_read_s; /* of all these blocks, for the upper layer; not in its read_s */
     double latency_s; /* before the first load */
     bool decode_on_compute; /* decoding takes the processors that the model runs on */
     int64_t block_tokens; /* of a stored block; 0 and 1: any token can be read alone */
@@ -639,7 +644,8 @@ typedef struct krul_restore_plan {
     double load_s; /* the same for KRUL_RESTORE_SHAPE_LOAD */
     double recompute_s; /* and for KRUL_RESTORE_SHAPE_RECOMPUTE */
     double bound_s; /* no n_recomputed at all is faster: the best of any real numbers, were no layer
-                     * needed before the last and n_l free to grow with depth */
+                     * needed before the last and n_l free to grow with depth; of two layers that
+                     * share blocks each pays for a part of them */
 } krul_restore_plan;
 
 typedef enum krul_restore_action {
@@ -729,8 +735,9 @@ typedef struct krul_restore_trace {
     double end_s; /* when it was decoded */
 } krul_restore_trace;
 
-/* Start. Blocks of codec predict must come layer by layer; one whose views are all unwanted is
- * decoded only while a later one of its chain is wanted. A layer is complete when every step that writes to it has ended; layers without a step
+/* Start. Of codec predict, blocks of one predictor and token_start are a chain, and a block is taken
+ * after those of lower layers in it; one whose views are all unwanted is decoded only while a later
+ * one of its chain is wanted. A layer is complete when every step that writes to it has ended; layers without a step
  * are complete at once. Views must have the shape and dtype that their entry says, or hold only its
  * first tokens; they must be writable and stay alive until krul_restore_free. On a machine that is
  * made up views are never touched, only whether data is NULL counts. That no two steps write to one
@@ -752,6 +759,10 @@ bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_
 /* The caller writes the first n_tokens tokens of a layer itself: steps that hold nothing behind
  * them are dropped. When it returns no thread writes there, now or later. */
 void krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens);
+
+/* Take steps that have not begun in this order from now on: a permutation of n_steps indices. */
+krul_status krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps,
+                                 krul_error *err) KRUL_MUST_CHECK;
 
 /* Change how many bytes are read per second; reads under way end as they began. */
 void krul_restore_limit(krul_restore *restore, double max_bytes_per_s);

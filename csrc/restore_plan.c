@@ -38,9 +38,12 @@ typedef struct planner_state {
     int64_t level_spacing; /* tokens of a block, or granularity if that is larger */
     int64_t first_spacing; /* the same of the first block */
     int64_t top_level; /* of n_recomputable */
-    double *load_s; /* n_layers: of a whole layer, decoding included where that overlaps */
+    double *read_s; /* n_layers: of a whole layer with all that it shares */
+    double *overlapped_s; /* n_layers: decoding where that overlaps reading, else 0 */
+    double *bound_load_s; /* n_layers: what the bound counts to a layer */
     double *prompt_s; /* n_layers + 1: the prompt's pass from a layer to the end */
     int64_t *n_recomputed; /* n_layers: scratch of the candidate that is looked at */
+    double *fractions; /* n_layers: scratch of predict */
     plan_candidate best;
 } planner_state;
 
@@ -102,6 +105,19 @@ check_tokens(const char *name, const int64_t *n_tokens, const krul_restore_costs
 }
 
 static krul_status
+check_partners(const krul_restore_costs *costs, krul_error *err)
+{
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        if (costs->partner[l] < -1 || costs->partner[l] >= l) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "partner of layer %d is %d but must be -1 or a layer below it", (int)l,
+                             (int)costs->partner[l]);
+        }
+    }
+    return KRUL_STATUS_OK;
+}
+
+static krul_status
 check_costs(const krul_restore_costs *costs, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
@@ -118,6 +134,10 @@ check_costs(const krul_restore_costs *costs, krul_error *err)
     KRUL_TRY(check_seconds("overhead_s", costs->overhead_s, n_layers, err));
     KRUL_TRY(check_seconds("read_s", costs->read_s, n_layers, err));
     KRUL_TRY(check_seconds("decode_s", costs->decode_s, n_layers, err));
+    if (costs->partner != NULL) {
+        KRUL_TRY(check_partners(costs, err));
+        KRUL_TRY(check_seconds("pair_read_s", costs->pair_read_s, n_layers, err));
+    }
     if (!(costs->latency_s >= 0 && costs->latency_s <= MAX_COST)) {
         status = krul_fail(err, KRUL_STATUS_BAD_VALUE, "latency_s is %g but must be from 0 to %g",
                            costs->latency_s, MAX_COST);
@@ -177,6 +197,26 @@ layer_decode_s(const krul_restore_costs *costs, int32_t layer)
     return costs->decode_on_compute ? costs->decode_s[layer] : 0;
 }
 
+static int32_t
+partner_of(const krul_restore_costs *costs, int32_t layer)
+{
+    return costs->partner == NULL ? -1 : costs->partner[layer];
+}
+
+/* Seconds that the channel spends on a layer at its turn, of which `fractions` are read. What it
+ * shares with a lower layer, and that needs too, has come with the lower one. */
+static inline double
+turn_s(const planner_state *planner, int32_t layer, const double *fractions)
+{
+    const krul_restore_costs *costs = planner->costs;
+    double read_s = fractions[layer] * planner->read_s[layer];
+    int32_t partner = partner_of(costs, layer);
+    if (partner >= 0) {
+        read_s -= fractions[partner] * costs->pair_read_s[layer];
+    }
+    return larger(read_s, fractions[layer] * planner->overlapped_s[layer]);
+}
+
 /* Seconds until the first token. */
 static double
 predict(const planner_state *planner, const int64_t *n_recomputed)
@@ -194,8 +234,9 @@ predict(const planner_state *planner, const int64_t *n_recomputed)
             n_before = n;
         }
         work_s += layer_recompute_s(costs, l, (double)n) + fraction * layer_decode_s(costs, l);
+        planner->fractions[l] = fraction;
         if (fraction > 0) {
-            load_end_s += fraction * planner->load_s[l];
+            load_end_s += turn_s(planner, l, planner->fractions);
             loads_s = larger(loads_s, load_end_s + planner->prompt_s[l]);
         }
     }
@@ -425,6 +466,61 @@ search_shape(planner_state *planner, krul_restore_shape shape)
  * number of tokens that suits it best. The bound is the largest of these: with equal linear layers
  * 1 / T = 1 / (all recomputed) + 1 / (all loaded), and a true bound for any others. */
 
+/* What loading spares a layer: the work of its whole history, less what decoding it takes. */
+static double
+spared_s(const planner_state *planner, int32_t layer)
+{
+    const krul_restore_costs *costs = planner->costs;
+    double work_s = layer_recompute_s(costs, layer, (double)costs->n_tokens);
+    return larger(work_s - layer_decode_s(costs, layer), 0);
+}
+
+/* What the bound counts to each layer. Of a block that two layers share the channel carries what
+ * either needs, which is no less than any part of what one needs and the rest of what the other
+ * does; the parts are those at which both would best be recomputed for as many tokens. Where
+ * decoding overlaps, a layer's turn takes the longer of two: then all of the reading is counted and
+ * no decoding of layers that share, or the other way round. */
+static void
+share_out(planner_state *planner)
+{
+    const krul_restore_costs *costs = planner->costs;
+    double read_s = 0, decode_s = 0; /* of layers that share, counted in either way */
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        planner->bound_load_s[l] = larger(costs->read_s[l], planner->overlapped_s[l]);
+        planner->fractions[l] = partner_of(costs, l) >= 0;
+        if (partner_of(costs, l) >= 0) {
+            planner->fractions[costs->partner[l]] = 1;
+            read_s += costs->pair_read_s[l];
+        }
+    }
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        read_s += planner->fractions[l] * costs->read_s[l];
+        decode_s += planner->fractions[l] * planner->bound_load_s[l];
+    }
+    if (decode_s > read_s) {
+        return;
+    }
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        if (planner->fractions[l] > 0) {
+            planner->bound_load_s[l] = costs->read_s[l];
+        }
+    }
+    for (int32_t l = 0; l < costs->n_layers; l++) {
+        int32_t lower = partner_of(costs, l);
+        if (lower < 0) {
+            continue;
+        }
+        double pair_s = costs->pair_read_s[l];
+        double upper_spared_s = spared_s(planner, l);
+        double spared = upper_spared_s + spared_s(planner, lower);
+        double both_s = pair_s + costs->read_s[l] + costs->read_s[lower];
+        double upper_s = spared > 0 ? both_s * upper_spared_s / spared - costs->read_s[l] : pair_s;
+        upper_s = smaller(larger(upper_s, 0), pair_s);
+        planner->bound_load_s[l] += upper_s;
+        planner->bound_load_s[lower] += pair_s - upper_s;
+    }
+}
+
 /* Seconds of work and of loading that a layer adds at its best n, for one weight. */
 typedef struct plan_demand {
     double work_s;
@@ -437,7 +533,7 @@ demand_at(const planner_state *planner, int32_t layer, double n_recomputed)
     double fraction = 1 - n_recomputed / (double)planner->costs->n_tokens;
     return (plan_demand){layer_recompute_s(planner->costs, layer, n_recomputed) +
                              fraction * layer_decode_s(planner->costs, layer),
-                         fraction * planner->load_s[layer]};
+                         fraction * planner->bound_load_s[layer]};
 }
 
 static double
@@ -456,7 +552,7 @@ least_demand(const planner_state *planner, int32_t layer, double weight)
     double high = (double)costs->n_recomputable;
     double slope = weight * (costs->linear_s_per_token[layer] -
                              layer_decode_s(costs, layer) / n_tokens) -
-                   (1 - weight) * planner->load_s[layer] / n_tokens;
+                   (1 - weight) * planner->bound_load_s[layer] / n_tokens;
     double curvature = 2 * weight * costs->quadratic_s_per_token2[layer];
     double ends[] = {low, high,
                      curvature > 0 ? smaller(larger(-slope / curvature, low), high) : high};
@@ -503,7 +599,10 @@ bound_s(const planner_state *planner)
 static void
 planner_close(planner_state *planner)
 {
-    free(planner->load_s);
+    free(planner->read_s);
+    free(planner->overlapped_s);
+    free(planner->bound_load_s);
+    free(planner->fractions);
     free(planner->prompt_s);
     free(planner->n_recomputed);
 }
@@ -525,12 +624,16 @@ planner_init(planner_state *out, const krul_restore_costs *costs, krul_error *er
         .first_spacing = has_blocks && costs->first_block_tokens > 0
                              ? krul_min_i64(costs->first_block_tokens, most)
                              : level_spacing,
-        .load_s = calloc(n_layers, sizeof(double)),
+        .read_s = calloc(n_layers, sizeof(double)),
+        .overlapped_s = calloc(n_layers, sizeof(double)),
+        .bound_load_s = calloc(n_layers, sizeof(double)),
+        .fractions = calloc(n_layers, sizeof(double)),
         .prompt_s = calloc(n_layers + 1, sizeof(double)),
         .n_recomputed = calloc(n_layers, sizeof(int64_t)),
         .best = {.predicted_s = INFINITY},
     };
-    if (out->load_s == NULL || out->prompt_s == NULL || out->n_recomputed == NULL) {
+    if (out->read_s == NULL || out->overlapped_s == NULL || out->bound_load_s == NULL ||
+        out->fractions == NULL || out->prompt_s == NULL || out->n_recomputed == NULL) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory to plan the restore of %d layers",
                            (int)costs->n_layers);
         goto done;
@@ -539,10 +642,15 @@ planner_init(planner_state *out, const krul_restore_costs *costs, krul_error *er
                          ? level_of(out, costs->n_recomputable)
                          : level_of(out, most - 1) + (costs->n_tokens > 0);
     for (int32_t l = costs->n_layers - 1; l >= 0; l--) {
-        double overlapped_s = costs->decode_on_compute ? 0 : costs->decode_s[l];
-        out->load_s[l] = larger(costs->read_s[l], overlapped_s);
+        out->overlapped_s[l] = costs->decode_on_compute ? 0 : costs->decode_s[l];
         out->prompt_s[l] = out->prompt_s[l + 1] + layer_prompt_s(costs, l);
+        out->read_s[l] += costs->read_s[l];
+        if (partner_of(costs, l) >= 0) {
+            out->read_s[l] += costs->pair_read_s[l];
+            out->read_s[costs->partner[l]] += costs->pair_read_s[l];
+        }
     }
+    share_out(out);
 
 done:
     return status;
@@ -681,7 +789,7 @@ krul_restore_plan_steps(const krul_restore_costs *costs, const int64_t *n_recomp
             step = append(steps_out, &n_steps, KRUL_RESTORE_ACTION_LOAD, l, n_recomputed[l],
                           n_tokens);
             step->start_s = load_end_s;
-            load_end_s += loaded_fraction(costs, n_recomputed[l]) * planner.load_s[l];
+            load_end_s += turn_s(&planner, l, planner.fractions); /* of what predict has seen */
             step->end_s = load_end_s;
             step->deadline_s = first_token_s - planner.prompt_s[l];
             prompt_end_s = larger(prompt_end_s, load_end_s);

@@ -49,7 +49,8 @@ struct krul_restore {
     double start_s;
     pthread_mutex_t lock; /* guards all below, the layers, states and traces */
     pthread_cond_t has_changed;
-    int64_t next_step;
+    int64_t *order; /* in which steps are taken */
+    int64_t next_step; /* place in order */
     int n_running; /* workers submitted and not yet ended */
     bool is_cancelled;
     double max_bytes_per_s;
@@ -132,8 +133,17 @@ static int64_t
 take_step(krul_restore *restore)
 {
     while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
-        int64_t index = restore->next_step++;
+        int64_t index = restore->order[restore->next_step];
+        if (restore->states[index] != STEP_WAITING) {
+            restore->next_step++; /* taken before the order changed, or for those behind it */
+            continue;
+        }
         if (is_wanted(restore, index)) {
+            /* What it is predicted from comes first, wherever that stands. */
+            while (restore->before[index] >= 0 &&
+                   restore->states[restore->before[index]] == STEP_WAITING) {
+                index = restore->before[index];
+            }
             restore->states[index] = STEP_READING;
             return index;
         }
@@ -214,8 +224,8 @@ read_step(krul_restore *restore, const krul_restore_step *step, uint8_t *buffer,
     return status;
 }
 
-/* Sleep until what a step is predicted from is in. Whoever took that took it earlier and waits for
- * nobody later, so that somebody always gets on. With the lock. */
+/* Sleep until what a step is predicted from is in: a step is taken after all before it in its chain,
+ * so that somebody always gets on. With the lock. */
 static krul_status
 wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
 {
@@ -393,12 +403,13 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
     restore->states = calloc((size_t)n_steps + 1, 1);
     restore->traces = calloc((size_t)n_steps + 1, sizeof *restore->traces);
     restore->layers = calloc((size_t)restore->n_layers + 1, sizeof *restore->layers);
+    restore->order = calloc((size_t)n_steps + 1, sizeof *restore->order);
     restore->failures = calloc((size_t)n_steps + 1, sizeof *restore->failures);
     restore->before = malloc(((size_t)n_steps + 1) * sizeof *restore->before);
     restore->after = malloc(((size_t)n_steps + 1) * sizeof *restore->after);
     if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
-        restore->layers == NULL || restore->failures == NULL || restore->before == NULL ||
-        restore->after == NULL) {
+        restore->layers == NULL || restore->order == NULL || restore->failures == NULL ||
+        restore->before == NULL || restore->after == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
                          (long long)n_steps, (int)restore->n_layers);
     }
@@ -407,6 +418,7 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
         restore->steps[i] = *step;
         restore->before[i] = restore->after[i] = -1;
         restore->traces[i].worker = -1;
+        restore->order[i] = i;
         if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
             restore->buffer_bytes = (size_t)step->entry.payload_bytes;
         }
@@ -427,7 +439,14 @@ typedef struct chain_place {
     const krul_predict *predict;
     int64_t token_start;
     int64_t index;
+    int32_t layer;
 } chain_place;
+
+static bool
+are_in_one_chain(const chain_place *left, const chain_place *right)
+{
+    return left->predict == right->predict && left->token_start == right->token_start;
+}
 
 static int
 compare_places(const void *left_in, const void *right_in)
@@ -439,7 +458,7 @@ compare_places(const void *left_in, const void *right_in)
     if (left->token_start != right->token_start) {
         return left->token_start < right->token_start ? -1 : 1;
     }
-    return (left->index > right->index) - (left->index < right->index);
+    return (left->layer > right->layer) - (left->layer < right->layer);
 }
 
 /* Find which blocks are predicted from which. */
@@ -447,8 +466,8 @@ static krul_status
 link_chains(krul_restore *restore, krul_error *err)
 {
     int64_t n_places = 0;
-    chain_place *places = malloc(((size_t)restore->n_steps + 1) * sizeof *places);
     krul_status status = KRUL_STATUS_OK;
+    chain_place *places = malloc(((size_t)restore->n_steps + 1) * sizeof *places);
     if (places == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps",
                          (long long)restore->n_steps);
@@ -456,28 +475,33 @@ link_chains(krul_restore *restore, krul_error *err)
     for (int64_t i = 0; i < restore->n_steps; i++) {
         const krul_restore_step *step = &restore->steps[i];
         if (step->entry.codec == KRUL_CODEC_PREDICT) {
-            places[n_places++] = (chain_place){step->predict, step->entry.token_start, i};
+            places[n_places++] = (chain_place){
+                .predict = step->predict,
+                .token_start = step->entry.token_start,
+                .index = i,
+                .layer = step->entry.layer_lower,
+            };
         }
     }
     qsort(places, (size_t)n_places, sizeof *places, compare_places);
     for (int64_t i = 1; i < n_places; i++) {
-        const chain_place *last = &places[i - 1], *next = &places[i];
-        if (last->predict != next->predict || last->token_start != next->token_start) {
+        const chain_place *lower = &places[i - 1], *upper = &places[i];
+        if (!are_in_one_chain(lower, upper)) {
             continue;
         }
-        const krul_store_entry *lower = &restore->steps[last->index].entry;
-        const krul_store_entry *upper = &restore->steps[next->index].entry;
-        if (lower->layer_lower >= upper->layer_lower || lower->n_tokens != upper->n_tokens) {
+        int64_t n_lower = restore->steps[lower->index].entry.n_tokens;
+        int64_t n_upper = restore->steps[upper->index].entry.n_tokens;
+        if (lower->layer == upper->layer || n_lower != n_upper) {
             status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                               "steps %lld and %lld, layers %d and %d, tokens from %lld, are no "
-                               "chain",
-                               (long long)last->index, (long long)next->index,
-                               (int)lower->layer_lower, (int)upper->layer_lower,
-                               (long long)next->token_start);
+                               "steps %lld and %lld are no chain: layers %d and %d, %lld and %lld "
+                               "tokens from %lld",
+                               (long long)lower->index, (long long)upper->index, (int)lower->layer,
+                               (int)upper->layer, (long long)n_lower, (long long)n_upper,
+                               (long long)upper->token_start);
             break;
         }
-        restore->after[last->index] = next->index;
-        restore->before[next->index] = last->index;
+        restore->after[lower->index] = upper->index;
+        restore->before[upper->index] = lower->index;
     }
     free(places);
     return status;
@@ -646,6 +670,41 @@ krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens)
     pthread_mutex_unlock(&restore->lock);
 }
 
+krul_status
+krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (n_steps != restore->n_steps) {
+        return krul_fail(err, KRUL_STATUS_BAD_SHAPE, "order has %lld steps but the restore %lld",
+                         (long long)n_steps, (long long)restore->n_steps);
+    }
+    uint8_t *is_named = calloc((size_t)n_steps + 1, 1);
+    if (is_named == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory to order %lld steps",
+                         (long long)n_steps);
+    }
+    for (int64_t i = 0; i < n_steps; i++) {
+        if (order[i] < 0 || order[i] >= n_steps || is_named[order[i]]) {
+            status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                               "order has %lld at %lld but must name each of %lld steps once",
+                               (long long)order[i], (long long)i, (long long)n_steps);
+            goto done;
+        }
+        is_named[order[i]] = 1;
+    }
+    pthread_mutex_lock(&restore->lock);
+    while (restore->machine != NULL && imagine_step(restore, restore->machine->now_s)) {
+    }
+    /* A worker that found nothing left has gone: then nothing is waiting either. */
+    memcpy(restore->order, order, (size_t)n_steps * sizeof *order);
+    restore->next_step = 0;
+    pthread_mutex_unlock(&restore->lock);
+
+done:
+    free(is_named);
+    return status;
+}
+
 void
 krul_restore_limit(krul_restore *restore, double max_bytes_per_s)
 {
@@ -726,6 +785,7 @@ krul_restore_free(krul_restore *restore)
     free(restore->before);
     free(restore->after);
     free(restore->layers);
+    free(restore->order);
     free(restore->free_s);
     free(restore);
 }

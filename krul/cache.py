@@ -172,8 +172,9 @@ class Cache(DynamicCache):
         self.save_report: SaveReport | None = None
         #: Why the history cannot be recomputed from its tokens; empty when it can.
         self.recompute_blocker = ""
-        #: Why its layers cannot be recomputed for different numbers of tokens; likewise.
-        self.partial_blocker = ""
+        #: Says why its layers cannot be recomputed for different numbers of tokens; may take a few
+        #: forward passes, so it is called when the answer matters.
+        self.ask_partial: Callable[[], str] = str
         #: What forward passes and restores of this model cost here; what is measured is added.
         self.costs: Any = None
         self._history: History | None = History()
@@ -684,11 +685,19 @@ class Cache(DynamicCache):
         start = time.perf_counter()
         with self._restore_lock:
             n_tokens = self.n_tokens
-            blocker = self.partial_blocker or self._why_not_recompute(n_tokens)
-            prepare(n_prompt_tokens, n_tokens, blocker, self._recompute_prefix)
+
+            def why_not() -> str:
+                return self._why_not_recompute(n_tokens) or self.partial_blocker
+
+            prepare(n_prompt_tokens, n_tokens, why_not, self._recompute_prefix)
         self._wait_s += time.perf_counter() - start
 
-    def _recompute_prefix(self, n_by_layer: list[int]) -> None:
+    @property
+    def partial_blocker(self) -> str:
+        """Why layers cannot be recomputed for different numbers of tokens; empty when they can."""
+        return self.ask_partial()
+
+    def _recompute_prefix(self, n_by_layer: list[int], **chunks: Any) -> None:
         """Write K and V of so many tokens of each layer into the buffers that are being filled."""
         ids, mask, positions = self._history.merge()  # type: ignore[union-attr]
         recompute_prefix(
@@ -703,6 +712,7 @@ class Cache(DynamicCache):
             attention_mask=mask,
             positions=torch.arange(ids.shape[1])[None] if positions is None else positions,
             chunk_tokens=_RECOMPUTE_CHUNK,
+            **chunks,
         )
 
     def _wait_for_layer(self, index: int) -> None:
@@ -1077,6 +1087,7 @@ class Cache(DynamicCache):
         state.update(
             model=None,
             conversation=None,
+            ask_partial=str,
             estimator=None,
             costs=None,
             handle=None,

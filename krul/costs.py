@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from .errors import KrulError
+from .model import decoder_layers, text_config
 from .plan import Costs
 
-__all__ = ["CostBook", "ForwardCost", "cost_book", "cost_books"]
+__all__ = ["CostBook", "ForwardCost", "attention_share", "cost_book", "cost_books", "know_model"]
 
 _FORMAT = "krul costs 1"
 _DIRECTORY = ".costs"
@@ -42,7 +44,14 @@ _TIME_RANGE = (1e-7, 1e5)
 _OWN_SHARE = 0.5
 
 # Of a decoder that was never measured: slower than any of them has been.
-_UNKNOWN_DECODE_BYTES_PER_S = 1e9
+UNKNOWN_DECODE_BYTES_PER_S = 1e9
+
+# Weights, beside a measured pass, of what is believed of costs that were not told apart.
+_NO_OVERHEAD_WEIGHT, _SHARE_WEIGHT = 0.01, 0.1
+_SHARE_RANGE = (1e-9, 1.0)
+
+# Names that configurations give to the number of experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 # A restore of fewer bytes says more about opening files than about the store.
 _MIN_READ_BYTES = 1 << 16
@@ -75,26 +84,80 @@ def _is_in(value: Any, limits: tuple[float, float]) -> bool:
     return is_number and limits[0] <= value <= limits[1]
 
 
-def _fit(passes: list[tuple[int, int, float]]) -> ForwardCost | None:
-    """Fit the three costs by relative least squares, none of them below zero."""
+def _fit(
+    passes: list[tuple[int, int, float]], attention_share: float | None = None
+) -> ForwardCost | None:
+    """Fit the three costs by relative least squares, none of them below zero.
+
+    With few sizes of passes they cannot be told apart. So the overhead is drawn to nothing, and the
+    quadratic cost to `attention_share` times the linear one, as by one more measurement of little
+    weight for each.
+    """
     if not passes:
         return None
     rows = np.array([[1.0, n, float((before + n) ** 2 - before**2)] for before, n, _ in passes])
     seconds = np.array([row[2] for row in passes])
+    largest, smallest = int(np.argmax(rows[:, 1])), int(np.argmin(seconds))
+    beliefs = [[_NO_OVERHEAD_WEIGHT / seconds[smallest], 0.0, 0.0]]
+    if attention_share is not None:
+        n_tokens = rows[largest, 1]
+        # So that passes outweigh a share of any size by the same.
+        belief = _SHARE_WEIGHT * n_tokens**2 / seconds[largest] / (1 + attention_share * n_tokens)
+        beliefs.append([0.0, -belief * attention_share, belief])
     rows /= seconds[:, None]
     scale = np.abs(rows).max(axis=0)
+    wanted = np.concatenate([np.ones(len(passes)), np.zeros(len(beliefs))])
+    rows = np.concatenate([rows, beliefs])
     best, best_error = None, math.inf
     # Three unknowns: trying every set of those above zero is the whole of the optimisation.
     for n_used in (1, 2, 3):
         for used in itertools.combinations(range(3), n_used):
             columns = rows[:, used] / scale[list(used)]
-            found, _, rank, _ = np.linalg.lstsq(columns, np.ones(len(passes)), rcond=None)
-            error = float(((columns @ found - 1) ** 2).sum())
+            found, _, rank, _ = np.linalg.lstsq(columns, wanted, rcond=None)
+            error = float(((columns @ found - wanted) ** 2).sum())
             if rank < n_used or (found < 0).any() or error >= best_error * (1 - 1e-9):
                 continue
             best, best_error = np.zeros(3), error
             best[list(used)] = found / scale[list(used)]
     return None if best is None else ForwardCost(*(float(value) for value in best))
+
+
+def attention_share(model: Any) -> float | None:
+    """Return what a token's attention to one other costs, by all that it costs otherwise.
+
+    From the operations that a model's shape asks for; None where the shape is not known. Layers
+    with a sliding window count as if they attended to nothing.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16,
+    ...     num_key_value_heads=4, intermediate_size=128, num_hidden_layers=2, vocab_size=32))
+    >>> round(1 / attention_share(model))  # 4 * 64 * 64 + 3 * 64 * 128 weights, 2 * 64 products
+    322
+    """
+    try:
+        config = text_config(model)
+        _, layers = decoder_layers(model)
+        n_heads = int(config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    except (AttributeError, TypeError, ValueError, KrulError):
+        return None
+    n_experts = next(
+        (n for name in _EXPERTS if (n := getattr(config, name, None))), None
+    )  # of which each token sees some
+    n_active = getattr(config, "num_experts_per_tok", None)
+    expert_part = n_active / n_experts if n_experts and n_active else 1.0
+    n_weights = sum(
+        parameter.numel() * (expert_part if "experts." in name else 1.0)
+        for _, layer, _ in layers
+        for name, parameter in layer.named_parameters()
+    )
+    n_full = sum("sliding" not in kind for kind in kinds[: len(layers)])
+    # Half of the scores lie behind the diagonal, but kernels skip little of that, and reach fewer
+    # operations in a second than matrix products do.
+    return 2.0 * n_full * n_heads * head_dim / n_weights if n_weights else None
 
 
 class CostBook:
@@ -106,6 +169,12 @@ class CostBook:
         The file to keep them in; None keeps them in memory.
     model : str
         What the model is, for who reads the file.
+
+    Attributes
+    ----------
+    attention_share : float or None
+        What the model's shape says of its costs, see :func:`attention_share`; decides where the
+        passes do not.
 
     Examples
     --------
@@ -121,6 +190,7 @@ class CostBook:
     def __init__(self, path: str | None, model: str) -> None:
         self.path, self.model = path, model
         self.read_bytes_per_s: float | None = None
+        self.attention_share: float | None = None
         self._decode_bytes_per_s: dict[int, float] = {}
         self._passes: dict[int, list[tuple[int, int, float]]] = {}
         self._lock = threading.Lock()
@@ -165,7 +235,7 @@ class CostBook:
         with self._lock:
             passes = [row for rows in self._passes.values() for row in rows]
         # Passes of a token or two are all overhead: they say nothing of what a prefix costs.
-        return _fit([row for row in passes if row[1] >= 8] or passes)
+        return _fit([row for row in passes if row[1] >= 8] or passes, self.attention_share)
 
     def decode_bytes_per_s(self, codec: int) -> float | None:
         """Return how many bytes one thread decodes in a second, or None if that is unknown."""
@@ -189,8 +259,7 @@ class CostBook:
         ----------
         n_layers, n_batch : int
         blocks : iterable of (layers, codec, payload_bytes, decoded_bytes)
-            Two layers in one block are read for as long as the upper one, which is recomputed for
-            fewer tokens, needs it.
+            Two layers in one block: the lower one first.
         read_bytes_per_s : float
         n_threads : int
             0 means every processor.
@@ -205,14 +274,30 @@ class CostBook:
         forward = self.forward()
         if forward is None:
             return None
-        read_s, decode_s = np.zeros(n_layers), np.zeros(n_layers)
+        read_s, decode_s, pair_read_s = ([0.0] * n_layers for _ in range(3))
+        pairs: dict[tuple[int, ...], float] = {}
         n_threads = n_threads or os.cpu_count() or 1
+        with self._lock:
+            rates = dict(self._decode_bytes_per_s)
         for layers, codec, payload_bytes, decoded_bytes in blocks:
-            rate = self.decode_bytes_per_s(codec) or _UNKNOWN_DECODE_BYTES_PER_S
-            read_s[layers[-1]] += payload_bytes / read_bytes_per_s
-            decode_s[list(layers)] += decoded_bytes / rate / n_threads / len(layers)
+            rate = rates.get(codec) or UNKNOWN_DECODE_BYTES_PER_S
+            seconds = payload_bytes / read_bytes_per_s
+            if len(layers) == 1:
+                read_s[layers[0]] += seconds
+            else:
+                pairs[layers] = pairs.get(layers, 0.0) + seconds
+            for layer in layers:
+                decode_s[layer] += decoded_bytes / rate / n_threads / len(layers)
+        # A layer that had other partners in other segments keeps the one with most; what it shared
+        # with the rest counts as its own, for it needs that longest.
+        partner = [-1] * n_layers
+        for (lower, upper), seconds in sorted(pairs.items(), key=lambda pair: pair[1]):
+            read_s[upper] += pair_read_s[upper]
+            partner[upper], pair_read_s[upper] = lower, seconds
         return Costs(
             n_layers,
+            partner=partner,
+            pair_read_s=pair_read_s,
             overhead_s=forward.overhead_s / n_layers,
             linear_s_per_token=n_batch * forward.linear_s_per_token / n_layers,
             quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,
@@ -230,6 +315,8 @@ class CostBook:
             return
         rate = found.get("read_bytes_per_s")
         self.read_bytes_per_s = float(rate) if _is_in(rate, _RATE_RANGE) else None
+        share = found.get("attention_share")
+        self.attention_share = float(share) if _is_in(share, _SHARE_RANGE) else None
         decoders = found.get("decode_bytes_per_s")
         for codec, rate in decoders.items() if isinstance(decoders, dict) else ():
             if codec.isascii() and codec.isdecimal() and _is_in(rate, _RATE_RANGE):
@@ -250,6 +337,7 @@ class CostBook:
                 "model": self.model,
                 "machine": _machine(),
                 "read_bytes_per_s": self.read_bytes_per_s,
+                "attention_share": self.attention_share,
                 "decode_bytes_per_s": {
                     str(codec): rate for codec, rate in sorted(self._decode_bytes_per_s.items())
                 },
@@ -296,6 +384,13 @@ def _machine() -> str:
 
 _books: dict[str, CostBook] = {}
 _books_lock = threading.Lock()
+
+
+def know_model(book: CostBook, model: Any) -> None:
+    """Tell a book the shape of its model, once."""
+    if book.attention_share is None:
+        share = attention_share(model)
+        book.attention_share = share if _is_in(share, _SHARE_RANGE) else None
 
 
 def cost_book(store_path: str, fingerprint: str) -> CostBook:

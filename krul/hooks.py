@@ -135,8 +135,8 @@ class _PerThread(threading.local):
     """What a thread has under way on one model."""
 
     def __init__(self) -> None:
-        # Estimators pushed for the forward pass under way.
-        self.n_observed = 0
+        # What `observe.begin` returned for the forward pass under way.
+        self.watches: list[Any] = []
         # Whether generate() runs a method that feeds cached tokens again at first.
         self.is_refeeding = False
 
@@ -255,8 +255,8 @@ class _Attachment:
         if cache.estimator is not None and self.observer is not None:
             from . import observe
 
-            observe.push(cache.estimator, self.observer, n_past=cache.get_seq_length())
-            self.per_thread.n_observed += 1
+            watch = observe.begin(cache.estimator, self.observer, n_past=cache.get_seq_length())
+            self.per_thread.watches.append(watch)
         return ((), named) if is_changed else None
 
     @torch.compiler.disable
@@ -278,11 +278,10 @@ class _Attachment:
         )
 
     def _stop_observed(self, is_failed: bool) -> None:
-        while self.per_thread.n_observed > 0:
+        while self.per_thread.watches:
             from . import observe
 
-            self.per_thread.n_observed -= 1
-            observe.pop(is_failed=is_failed)
+            observe.end(self.per_thread.watches.pop(), is_failed=is_failed)
 
     # -- around generate() --
 

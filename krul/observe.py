@@ -24,7 +24,7 @@ import torch
 from .errors import UnsupportedModelError
 from .estimator import Estimator
 
-__all__ = ["Handle", "install", "observing", "pop", "push", "watch"]
+__all__ = ["Handle", "begin", "end", "install", "observing", "pop", "push", "watch"]
 
 
 class _PerThread(threading.local):
@@ -35,6 +35,16 @@ class _PerThread(threading.local):
 
 
 _thread = _PerThread()
+
+
+def _current() -> _Watch | None:
+    """Return what watches this thread now; what watched a model that is let go does no longer."""
+    stack = _thread.stack
+    while stack and stack[-1] is not None and stack[-1].is_over:
+        stack.pop()  # let go by another thread in the middle of a pass: nobody pops it
+    return stack[-1] if stack else None
+
+
 _lock = threading.RLock()
 _files: dict[int, _File] = {}
 # Attention module: its layer index, and the token of the model that it belongs to.
@@ -116,6 +126,11 @@ class _Watch:
         self.unrotated: torch.Tensor | None = None
         self.last_layer = -1
         self.masks: dict[int, tuple[Any, np.ndarray]] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its model is installed no more; a model installed again is another one."""
+        return self.model is not None and self.model.n_handles == 0
 
     def see(
         self,
@@ -276,8 +291,7 @@ def _wrap_attention(original: Callable[..., Any], file: _File) -> Callable[..., 
         **kwargs: Any,
     ) -> Any:
         if not torch.compiler.is_compiling():
-            stack = _thread.stack
-            watch = stack[-1] if stack else None
+            watch = _current()
             if watch is not None:
                 watch.see(file, module, query, key, attention_mask, kwargs)
         return original(module, query, key, value, attention_mask, *args, **kwargs)
@@ -289,8 +303,7 @@ def _wrap_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def observed_rotary(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            stack = _thread.stack
-            watch = stack[-1] if stack else None
+            watch = _current()
             # Queries come first, whether the function takes keys too or is called once for each.
             if watch is not None and watch.unrotated is None and args:
                 watch.unrotated = args[0] if isinstance(args[0], torch.Tensor) else None
@@ -407,11 +420,10 @@ def push(
     n_past : int or None
         Tokens in the cache before the next forward pass; see `Estimator.begin`.
     """
-    watch = None
     if estimator is not None:
-        estimator.begin(n_past)
-        watch = _Watch(estimator, None if handle is None else handle._model)
-    _thread.stack.append(watch)
+        begin(estimator, handle, n_past=n_past)
+    else:
+        _thread.stack.append(None)
 
 
 def pop(*, is_failed: bool = False) -> None:
@@ -425,6 +437,28 @@ def pop(*, is_failed: bool = False) -> None:
     watch = _thread.stack.pop()
     if watch is not None:
         watch.end(is_failed)
+
+
+def begin(estimator: Estimator, handle: Handle | None = None, *, n_past: int | None = None) -> Any:
+    """Do what :func:`push` does for a pass in which the model may be let go by another thread.
+
+    Returns
+    -------
+    object
+        For :func:`end`.
+    """
+    estimator.begin(n_past)
+    watch = _Watch(estimator, None if handle is None else handle._model)
+    _current()
+    _thread.stack.append(watch)
+    return watch
+
+
+def end(watch: Any, *, is_failed: bool = False) -> None:
+    """End what :func:`begin` began, whether or not it watches still."""
+    if watch in _thread.stack:
+        _thread.stack.remove(watch)
+    watch.end(is_failed)
 
 
 @contextlib.contextmanager
@@ -445,13 +479,13 @@ def observing(
     >>> estimator.result().n_prefill_rows
     20.0
     """
-    push(estimator, handle, n_past=n_past)
+    watch = begin(estimator, handle, n_past=n_past)
     is_failed = True
     try:
         yield estimator
         is_failed = False
     finally:
-        pop(is_failed=is_failed)
+        end(watch, is_failed=is_failed)
 
 
 class _Recorder:

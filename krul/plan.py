@@ -32,7 +32,14 @@ SHAPES = ("auto", "load", "recompute", "uniform", "pyramid", "step")
 _ACTIONS = ("recompute", "load", "prompt")
 
 # In the order that the binding takes.
-_PER_LAYER = ("linear_s_per_token", "quadratic_s_per_token2", "overhead_s", "read_s", "decode_s")
+_PER_LAYER = (
+    "linear_s_per_token",
+    "quadratic_s_per_token2",
+    "overhead_s",
+    "read_s",
+    "decode_s",
+    "pair_read_s",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +66,18 @@ class Costs:
     block_tokens, first_block_tokens : int
         Tokens of a stored block, which can only be read whole, and of the first one where that
         differs; 0: any token can be read alone, and the first block is like the others.
+    partner : array_like of int
+        For each layer the lower one that it shares blocks with, or -1.
+    pair_read_s : array_like
+        For a layer with a partner: reading all of the blocks that both share, which `read_s` of
+        neither has. They are read once, with the lower layer as far as that needs them.
 
     Raises
     ------
     krul.ShapeError
         An array is neither one number nor `n_layers` numbers.
+    ValueError
+        A partner is no layer number; whether it is a lower layer is looked at by `plan`.
 
     Examples
     --------
@@ -86,6 +100,8 @@ class Costs:
     decode_on_compute: bool = False
     block_tokens: int = 0
     first_block_tokens: int = 0
+    partner: Any = -1
+    pair_read_s: Any = 0.0
 
     def __post_init__(self) -> None:
         """Spread single numbers over the layers; nobody can change them afterwards."""
@@ -94,6 +110,13 @@ class Costs:
             if given.shape not in ((), (self.n_layers,)):
                 raise ShapeError(f"{name} is {given.shape} but n_layers is {self.n_layers}")
             object.__setattr__(self, name, np.broadcast_to(given.copy(), (self.n_layers,)))
+        partner = np.asarray(self.partner)
+        if partner.shape not in ((), (self.n_layers,)):
+            raise ShapeError(f"partner is {partner.shape} but n_layers is {self.n_layers}")
+        if not np.can_cast(partner.dtype, np.int64) or (np.abs(partner) >= 1 << 31).any():
+            raise ValueError(f"partner is {partner.tolist()} but must be numbers of layers or -1")
+        partner = np.broadcast_to(partner.astype(np.int32), (self.n_layers,))
+        object.__setattr__(self, "partner", partner)
 
     @classmethod
     def from_rates(
@@ -142,10 +165,11 @@ class Costs:
             **more,
         )
 
-    def _to_core(self) -> tuple[np.ndarray, float, bool, int, int]:
+    def _to_core(self) -> tuple[np.ndarray, np.ndarray, float, bool, int, int]:
         """Return what the binding takes."""
         return (
             np.stack([getattr(self, name) for name in _PER_LAYER]),
+            self.partner,
             self.latency_s,
             self.decode_on_compute,
             self.block_tokens,

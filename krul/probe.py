@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from .model import (
     Recorder,
     decoder_layers,
     generation_model,
+    input_device,
     own_layers,
     remember,
+    run_apart,
     run_decoder,
     short_prompt,
     support,
@@ -25,7 +27,7 @@ from .model import (
 )
 from .recompute import recompute_prefix
 
-__all__ = ["Capabilities", "examine", "probe"]
+__all__ = ["Capabilities", "examine", "probe", "why_not_partial"]
 
 _N_PROBE_TOKENS = 24
 _N_HEAD_TOKENS = 12
@@ -87,7 +89,7 @@ def probe(model: Any) -> Capabilities:
     """Find out by trying what works with `model`.
 
     Three forwards of 12 to 24 tokens: whole, its head, and its tail on a copy of the head's cache;
-    then one to see the queries, and two of fewer and fewer tokens by layer. The second call for an
+    then one to see the queries, and three for parts of layers. The second call for an
     unchanged model object costs no forward.
 
     Parameters
@@ -105,11 +107,16 @@ def probe(model: Any) -> Capabilities:
     if reason is not None:
         return Capabilities(reason, reason, reason, reason)
     inner = generation_model(model)
-    return _probe_once(inner, exact_parts(inner)[1])
+    key = exact_parts(inner)[1]
+    found = _probe_once(inner, key)
+    return found if found.recompute is not None else replace(found, partial=_partial(inner, key))
 
 
 def examine(model: Any) -> tuple[Capabilities, Fingerprint]:
     """Return what :func:`probe` and :func:`fingerprint` do, looking at the weights once.
+
+    But `partial` is not found out, and as `recompute`: most conversations are never recomputed in
+    part, and :func:`why_not_partial` tells later.
 
     Raises
     ------
@@ -122,6 +129,41 @@ def examine(model: Any) -> tuple[Capabilities, Fingerprint]:
     inner = generation_model(model)
     parts, key = exact_parts(inner)
     return _probe_once(inner, key), fingerprint_of(inner, parts, key)
+
+
+def why_not_partial(model: Any) -> str:
+    """Return `Capabilities.partial` of a model that krul supports, or nothing where it is None.
+
+    Three forwards of at most 24 tokens, the first time. May be called inside a forward pass of the
+    same model.
+    """
+    inner = generation_model(model)
+    key = exact_parts(inner)[1]
+    found: list[str | None] = []
+
+    def ask() -> None:
+        found.append(_probe_once(inner, key).recompute or _partial(inner, key))
+
+    run_apart(ask, input_device(inner))
+    return found[0] or ""
+
+
+def _partial(model: torch.nn.Module, key: str) -> str | None:
+    def ask() -> str | None:
+        decoder, _ = decoder_layers(model)
+        wanted = {index for index, is_own in enumerate(own_layers(model)) if is_own}
+        with undisturbed(model):
+            ids = short_prompt(model, _N_PROBE_TOKENS)
+            whole = Recorder(text_config(model))
+            try:
+                run_decoder(decoder, ids, whole)
+            except Exception as error:  # whatever the model raises is its answer
+                return f"the model fails on a short prompt: {type(error).__name__}: {error}"
+            return _steps(model, ids, whole, wanted)
+
+    implementation = getattr(text_config(model), "_attn_implementation", None)
+    reason: str | None = remember(model, ("partial", key, implementation), ask)
+    return reason
 
 
 def _probe_once(model: torch.nn.Module, key: str) -> Capabilities:
@@ -170,8 +212,7 @@ def _probe(model: torch.nn.Module) -> Capabilities:
                     )
         observe = cache if cache is not None else _observe(model, decoder, ids, wanted)
         recompute = cache if cache is not None else recompute
-        partial = recompute if recompute is not None else _steps(model, ids, whole, wanted)
-    return Capabilities(cache, observe, recompute, partial)
+    return Capabilities(cache, observe, recompute, recompute)
 
 
 def _arrival(cache: Recorder, wanted: set[int], n_tokens: int, n_before: int = 0) -> str | None:

@@ -17,7 +17,7 @@ import contextlib
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ def recompute_prefix(
     attention_mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     chunk_tokens: int = 1024,
+    chunk_ends: Sequence[int] = (),
+    before_chunk: Callable[[int, int], Sequence[int]] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> None:
     """Run the model over the first tokens of a history and write their K and V.
@@ -76,6 +78,11 @@ def recompute_prefix(
         with a mask but without positions has had 0, 1, 2, ...
     chunk_tokens : int
         Tokens fed at once; bounds the memory of activations.
+    chunk_ends : sequence of int
+        Tokens after which a chunk ends in any case, ascending.
+    before_chunk : callable, optional
+        Called with where a chunk starts and ends; returns `n_by_layer` anew, in which numbers may
+        be smaller than before, though what was written stays written. What it raises ends the call.
     on_layer : callable, optional
         Called with a layer's index as soon as all its tokens are written, in the thread of this
         call, once for each layer of `buffers` with tokens to recompute. Shallow layers come first
@@ -134,19 +141,26 @@ def recompute_prefix(
     _check_room(buffers, wanted, token_ids.shape[0])
     if wanted[0] == 0:
         return
-    progress = _Progress(wanted, buffers, chunk_tokens, on_layer)
+    progress = _Progress(wanted, buffers, chunk_tokens, sorted(chunk_ends), on_layer)
     _refuse(inner, progress)
     sink = _Sink(text_config(inner), progress)
     device = input_device(inner)
 
     def run() -> None:
         inputs = _Inputs(decoder, token_ids, attention_mask, positions, device)
-        for start in range(0, wanted[0], chunk_tokens):
-            end = min(wanted[0], start + chunk_tokens)
+        start = 0
+        while start < progress.wanted[0]:
+            end = progress.end_of_chunk(start)
+            if before_chunk is not None:
+                progress.shrink(before_chunk(start, end))
+                end = min(end, progress.wanted[0])
+                if start >= end:
+                    break
             progress.begin(start, end - start)
             with contextlib.suppress(_Done):
                 decoder(past_key_values=sink, use_cache=True, **inputs.between(start, end))
             progress.check()
+            start = end
 
     hooks: list[Any] = []
     try:
@@ -311,9 +325,11 @@ class _Progress:
         wanted: list[int],
         buffers: Mapping[int, KeysAndValues],
         chunk_tokens: int,
+        chunk_ends: Sequence[int],
         on_layer: Callable[[int], None] | None,
     ) -> None:
         self.wanted, self.on_layer = wanted, on_layer
+        self.chunk_tokens, self.chunk_ends = chunk_tokens, chunk_ends
         self.buffers: dict[int, KeysAndValues] = dict(buffers)
         self.announced = frozenset(buffers)
         self.n_written = [0] * len(wanted)
@@ -321,9 +337,24 @@ class _Progress:
         self.start = self.n_fed = self.deepest = 0
         self.failure: Exception | None = None
         # Whether some layer sees only a part of a chunk.
-        self.is_stepped = any(
-            n_tokens < wanted[0] and n_tokens % chunk_tokens != 0 for n_tokens in wanted
-        )
+        ends = set(self._ends())
+        self.is_stepped = any(n_tokens and n_tokens not in ends for n_tokens in wanted)
+
+    def _ends(self) -> Iterator[int]:
+        end = 0
+        while end < self.wanted[0]:
+            end = self.end_of_chunk(end)
+            yield end
+
+    def end_of_chunk(self, start: int) -> int:
+        """Return where the chunk that begins at `start` ends."""
+        end = min(self.wanted[0], start + self.chunk_tokens)
+        return min((x for x in self.chunk_ends if start < x < end), default=end)
+
+    def shrink(self, wanted: Sequence[int]) -> None:
+        """Recompute no more than this from now on."""
+        for layer, n_tokens in enumerate(wanted):
+            self.wanted[layer] = min(self.wanted[layer], max(n_tokens, self.n_written[layer]))
 
     def deepest_above(self, n_tokens: int) -> int:
         """Return the deepest layer that is wanted for more than `n_tokens` tokens."""

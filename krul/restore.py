@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache import Cache
-from .costs import cost_book
+from .costs import cost_book, know_model
 from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
 from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
@@ -22,7 +22,7 @@ from .hooks import attach
 from .layer import KrulLayer
 from .model import generation_model, text_config
 from .plan import SHAPES, Costs, Plan, Step, plan, predict
-from .probe import Capabilities, examine
+from .probe import Capabilities, examine, why_not_partial
 from .recompute import recompute_prefix
 from .settings import Settings
 from .simulate import HARDWARE, LINKS, METHODS, MODELS, Scenario, Simulation, simulate
@@ -130,6 +130,7 @@ def open_cache(
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
+        know_model(cache.costs, model)
         cache.handle = attach(model)
         if arrival is not None:
             arrival.fill(cache)
@@ -148,7 +149,7 @@ def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Ca
     cache = Cache(model=generation_model(model), settings=settings)
     if capabilities.recompute is not None:
         cache.recompute_blocker = capabilities.recompute
-    cache.partial_blocker = capabilities.partial or ""
+    cache.ask_partial = lambda: why_not_partial(model)
     if settings.estimator_rows != 0 and capabilities.observe is None:
         cache.estimator = Estimator(
             text_config(model).num_hidden_layers,

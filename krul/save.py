@@ -286,9 +286,9 @@ def _dropped(cache: Cache, work: Work, encoded: list[Encoded], notes: list[str])
     The paper's storage mode: decided once, when a conversation is saved for the first time.
     """
     settings = work.settings
-    blocker = cache.partial_blocker or cache._why_not_recompute(work.n_tokens)
     if work.segments:
         return ()
+    blocker = cache._why_not_recompute(work.n_tokens) or cache.partial_blocker
     if blocker:
         notes.append(f"all tokens are stored: {blocker}")
         return ()

@@ -8,7 +8,9 @@ has been in this very restore.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -22,9 +24,10 @@ import torch
 
 from . import _core
 from .compressor import MAX_BLOCK_TOKENS
-from .costs import CostBook
+from .costs import UNKNOWN_DECODE_BYTES_PER_S, CostBook, ForwardCost
 from .errors import CorruptionError, FormatError, UnsupportedModelError
 from .manifest import Entry, LayerLayout, Manifest, SegmentInfo
+from .meet import Block, columns_between, meet
 from .plan import Costs, Plan, plan
 from .reports import RestoreReport
 from .settings import Settings
@@ -47,6 +50,15 @@ _EXPECTED_PROMPT_TOKENS = 64
 # is late by more than this many times and seconds.
 _TRUSTED_READ_BYTES = 1 << 20
 _LATE, _TRUSTED_READ_S = 4.0, 0.05
+
+# Restores that are planned anew while they run: those for which no shape was asked.
+_ADAPTED = ("auto",)
+
+# Loading is as good as a plan that saves no more of its time: predictions are not that exact.
+_WORTH = 0.97
+
+# What is recomputed at once when loading may still take the rest; fewer tokens take longer each.
+_COLUMN_TOKENS = 256
 
 # How often a wait looks whether the store still gives what it promised, and how much longer than
 # recomputing it may take: giving up throws away what was read.
@@ -124,6 +136,7 @@ class Source:
         self._is_prepared = self._is_closed = False
         self._failure: UnsupportedModelError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
+        self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
         for segment in manifest.segments:
             try:
                 fd, entries = conversation.open_segment(segment, manifest)
@@ -208,8 +221,9 @@ class Source:
     def start(self, buffers: dict[int, KeysAndValues]) -> None:
         """Start filling the buffers of the full layers.
 
-        Shallow layers come first; what will probably be recomputed comes after everything else, and
-        is not read at all where that is everything.
+        Shallow layers come first, each block with the first that needs it. What will probably be
+        recomputed comes after everything else, from the end on; see `krul.meet`. It is not read at
+        all where that is everything.
         """
         steps = [
             step
@@ -217,18 +231,30 @@ class Source:
             for entry in entries
             if (step := _step_of(entry, fd, segment, buffers)) is not None
         ]
-        steps.sort(key=lambda step: step.layers[0])
-        self._steps, self._starts = steps, _starts_by_layer(steps)
+        self._starts = _starts_by_layer(steps)
         self._n_tokens = self.n_tokens
+        self._steps = steps
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
-        steps.sort(key=lambda step: all(step.token_end <= expected[x] for x in step.layers))
+        steps.sort(key=lambda step: self._turn(step, expected))
         if self.settings.restore != "recompute":
             self._begun = steps
         self._begun_at = time.perf_counter()
         self._begin([(step.fd, None, step.entry, step.views) for step in self._begun])
         self._open_s = time.perf_counter() - self._opened
+
+    def _turn(self, step: _Step, n_by_layer: list[int]) -> tuple[int, int, int]:
+        """Return a block's place among all, when so many tokens of each layer are recomputed.
+
+        What is needed comes in the order of the layers that need it first, the rest from the end
+        on, the deepest layer first, in which order it may spare recomputing something; see
+        `krul.meet`.
+        """
+        needed = [x for x in step.layers if step.token_end > n_by_layer[x]]
+        if needed:
+            return 0, needed[0], step.token_start
+        return 1, -step.token_start, -step.layers[-1]
 
     def _begin(self, steps: list[Any]) -> None:
         self._restores.append(
@@ -246,8 +272,8 @@ class Source:
         self,
         n_prompt_tokens: int,
         n_tokens: int,
-        blocker: str,
-        recompute: Callable[[list[int]], None],
+        why_not: Callable[[], str],
+        recompute: Callable[..., None],
     ) -> None:
         """Decide, once, what is recomputed instead of being waited for, and do that.
 
@@ -257,17 +283,21 @@ class Source:
             Of the forward pass that is about to begin; 0 where there is none.
         n_tokens : int
             Tokens that the cache still holds; fewer than were stored where the history changed.
-        blocker : str
-            Why nothing can be recomputed; empty when it can.
+        why_not : callable
+            Says why nothing can be recomputed, or nothing when it can; asked where it matters.
         recompute : callable
-            Writes K and V of so many tokens of each layer, from the first. What it raises is noted,
+            Writes K and V of so many tokens of each layer, from the first; with ``chunk_ends`` and
+            ``before_chunk`` as `krul.recompute.recompute_prefix` has them. What it raises is noted,
             and the same tokens are loaded after all.
         """
         if self._is_prepared or not self._restores:
             return
         self._is_prepared = True
         self._n_tokens = n_tokens
-        self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
+        blocker = ""
+        self._plan = self._make_plan(n_prompt_tokens, n_tokens, "")
+        if any(self._plan.n_recomputed_by_layer) and (blocker := why_not()):
+            self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
         self._reason = self._plan.reason
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
         if blocker and any(n_by_layer):
@@ -280,24 +310,62 @@ class Source:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
             self._settle()
             return
-        for layer, n in enumerate(n_by_layer):
-            # Where all that is left is recomputed, nothing stored behind it is wanted either.
-            self._restores[0].drop(layer, self.manifest.n_tokens if n == n_tokens else n)
+        chunks = self._chunks(n_by_layer, n_prompt_tokens)
+        if not chunks:
+            n_by_layer = list(map(max, n_by_layer, self._dropped))
+            self._drop(n_by_layer)
         started = time.perf_counter()
         try:
-            recompute(n_by_layer)
+            recompute(n_by_layer if not chunks else self._most(n_by_layer), **chunks)
         except BaseException as error:
             if any(self._required()):
                 self._is_prepared = False  # there is no other way: whoever asks next tries again
                 raise
-            self._load_after_all(n_by_layer)
+            self._load_after_all(self._dropped)
             if not isinstance(error, Exception):
                 raise
             self._reason += f"; recomputing failed: {type(error).__name__}: {error}"
             return
         self._recompute_s = time.perf_counter() - started
         self._recompute_begin_s = started - self._begun_at
-        self._n_recomputed = n_by_layer
+        self._n_recomputed = list(self._dropped)
+        if self._n_recomputed != n_by_layer:
+            share = sum(self._dropped) / max(1, n_tokens * len(n_by_layer))
+            self._reason += f"; {100 * share:.3g} % when loading had caught up"
+
+    def _most(self, n_by_layer: list[int]) -> list[int]:
+        """Return all tokens for every layer that is recomputed at all."""
+        return [self._n_tokens if n else 0 for n in n_by_layer]
+
+    def _drop(self, n_by_layer: list[int]) -> None:
+        """Let go of the blocks that hold only what is recomputed."""
+        for layer, n in enumerate(n_by_layer):
+            if n > self._dropped[layer]:
+                # Where all that is left is recomputed, nothing stored behind it is wanted either.
+                all_of_it = self.manifest.n_tokens
+                self._restores[0].drop(layer, all_of_it if n == self._n_tokens else n)
+                self._dropped[layer] = n
+
+    def _chunks(self, n_by_layer: list[int], n_prompt_tokens: int) -> dict[str, Any]:
+        """Return how recomputing is to ask, before each chunk, what has come meanwhile.
+
+        Nothing where a plan is carried out as it is: a shape was asked for, a restore that failed
+        is tried again, or the history was cut.
+        """
+        forward = self.costs.forward()
+        can_adapt = (
+            self.settings.restore in _ADAPTED
+            and forward is not None
+            and self._begun
+            and not any(self._dropped)
+            and self._n_tokens == self.n_tokens
+        )
+        common = set.intersection(*self._starts.values()) if self._starts else set()
+        if not can_adapt or forward is None or not common:
+            return {}
+        ends = columns_between(sorted(common), self._n_tokens, _COLUMN_TOKENS)
+        meeting = _Meeting(self, self._most(n_by_layer), ends, forward, n_prompt_tokens)
+        return {"chunk_ends": ends, "before_chunk": meeting.before_chunk}
 
     def _load_after_all(self, n_by_layer: list[int]) -> None:
         again = []
@@ -389,6 +457,8 @@ class Source:
             for shape in shapes
         ]
         best = min(plans, key=lambda each: each.predicted_s)
+        if wanted == "auto" and best.load_s * _WORTH < best.predicted_s < best.load_s:
+            best = plan(costs, n_tokens, n_prompt_tokens, shape="load", n_required=required)
         return replace(
             best,
             predicted_s=best.predicted_s if is_known else math.nan,
@@ -553,6 +623,102 @@ class Source:
         )
 
 
+class _Meeting:
+    """Asks, column by column, how much of what is left is still to be recomputed."""
+
+    def __init__(
+        self,
+        source: Source,
+        n_by_layer: list[int],
+        ends: list[int],
+        forward: ForwardCost,
+        n_prompt_tokens: int,
+    ) -> None:
+        self.source, self.ends, self.forward = source, ends, forward
+        self.n_by_layer = n_by_layer
+        self.n_layers = len(self.n_by_layer)
+        n_tokens = source._n_tokens
+        prompt_s = forward.seconds(n_prompt_tokens, n_tokens) if n_prompt_tokens else 0.0
+        self.prompt_by_layer_s = [prompt_s / self.n_layers] * self.n_layers
+        self.required = source._required()
+        self.started = time.perf_counter()
+        self.expected_s = 0.0  # of what has been recomputed
+        self.holding = [
+            x for x, layout in enumerate(source.manifest.layers) if layout.kind == "full"
+        ]
+
+    def _work_s(self, start: int, end: int) -> float:
+        """Return what a layer takes for the tokens of a column."""
+        seconds = self.forward.seconds(end - start, start) / self.n_layers
+        return seconds * self.source.manifest.n_batch
+
+    def before_chunk(self, start: int, end: int) -> list[int]:
+        """Decide, and let go of what is recomputed in the column that is next."""
+        source = self.source
+        rate = source._read_rate()
+        if rate is not None:
+            self._decide(start, rate)
+        n_here = [min(n, end) if n > start else 0 for n in self.n_by_layer]
+        source._drop([max(n, known) for n, known in zip(n_here, source._dropped, strict=True)])
+        self.expected_s += sum(self._work_s(start, n) for n in n_here if n > start)
+        return self.n_by_layer
+
+    def _decide(self, start: int, rate: float) -> None:
+        source = self.source
+        slowness = 1.0
+        if self.expected_s > 0:
+            slowness = (time.perf_counter() - self.started) / self.expected_s
+        columns = [pair for pair in itertools.pairwise([0, *self.ends]) if pair[0] >= start]
+        work_s = [
+            [slowness * self._work_s(*column)] * sum(n > column[0] for n in self.n_by_layer)
+            for column in columns
+        ]
+        blocks, there = self._on_the_way(columns, rate)
+        # Where no block of a layer has come or can come, or not all is stored, it is recomputed.
+        stuck = [
+            (index, layer)
+            for index, (begin, _) in enumerate(columns)
+            for layer in self.holding
+            if (index, layer) not in there or self.required[layer] > begin
+        ]
+        n_recomputed = meet(work_s, blocks, stuck, self.prompt_by_layer_s)
+        for layer in range(self.n_layers):
+            ends = [
+                min(column[1], self.n_by_layer[layer])
+                for column, n_layers in zip(columns, n_recomputed, strict=True)
+                if layer < n_layers
+            ]
+            self.n_by_layer[layer] = max([min(start, self.n_by_layer[layer]), *ends])
+        steps = source._begun
+        order = sorted(range(len(steps)), key=lambda x: source._turn(steps[x], self.n_by_layer))
+        source._restores[0].reorder(np.array(order, np.int64))
+
+    def _on_the_way(
+        self, columns: list[tuple[int, int]], rate: float
+    ) -> tuple[list[Block], set[tuple[int, int]]]:
+        """Return blocks that may come, from the end on, and columns and layers that have any."""
+        source = self.source
+        is_done = source._restores[0].trace()[:, 0] >= 0
+        blocks: list[Block] = []
+        there: set[tuple[int, int]] = set()
+        n_threads = source.settings.n_threads or os.cpu_count() or 1
+        begins = [begin for begin, _ in columns]
+        everything = [source._n_tokens] * self.n_layers
+        for index in sorted(
+            range(len(source._begun)), key=lambda x: source._turn(source._begun[x], everything)
+        ):
+            step = source._begun[index]
+            column = bisect.bisect_right(begins, step.token_start) - 1
+            if column < 0:
+                continue
+            there.update((column, layer) for layer in step.layers)
+            if not is_done[index]:
+                speed = source.costs.decode_bytes_per_s(step.codec) or UNKNOWN_DECODE_BYTES_PER_S
+                decode_s = step.decoded_bytes / speed / n_threads
+                blocks.append(Block(column, step.layers, step.payload_bytes / rate, decode_s))
+        return blocks, there
+
+
 def _starts_by_layer(steps: Iterable[_Step]) -> dict[int, set[int]]:
     return starts_by_layer(
         (x, step.entry.kv, step.token_start) for step in steps for x in step.layers
@@ -614,14 +780,17 @@ def _step_of(
     if entry.token_start >= end or any(layer not in buffers for layer in layers):
         return None
     stop = min(end, entry.token_start + entry.n_tokens)
-    views = tuple(buffers[x][entry.kv][:, :, entry.token_start : stop] for x in layers)
+    n_tokens = stop - entry.token_start
+    views = tuple([buffers[x][entry.kv].narrow(2, entry.token_start, n_tokens) for x in layers])
+    # All of a block's views have one shape and dtype.
+    view_bytes = views[0].numel() * views[0].element_size()
     return _Step(
         layers=layers,
         token_start=entry.token_start,
         token_end=stop,
         codec=entry.codec,
         payload_bytes=entry.payload_bytes,
-        decoded_bytes=sum(view.numel() * view.element_size() for view in views),
+        decoded_bytes=view_bytes * len(views),
         fd=fd,
         entry=entry,
         views=views,

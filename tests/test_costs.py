@@ -5,13 +5,16 @@ import math
 import os
 import threading
 
+import models
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from krul import cli, costs
 from krul.costs import CostBook, ForwardCost
+from krul.model import decoder_layers
 
 
 def counts(read_bytes=1 << 20, read_wall_s=0.01, by_codec=None):
@@ -37,6 +40,80 @@ def test_the_fit_finds_what_was_put_in(overhead, linear, quadratic):
     for n_tokens, n_before in ((64, 0), (700, 0), (3000, 0), (16, 5000)):
         expected = truth.seconds(n_tokens, n_before)
         assert math.isclose(found.seconds(n_tokens, n_before), expected, rel_tol=1e-4)
+
+
+def passes_of_three(generator, n_sizes):
+    """What a small model costs on a processor, and passes of so many sizes, noisy by 3 %."""
+    truth = ForwardCost(0.02, 2.6e-3, 8e-7)
+    sizes = [(0, 4096), (4096, 64), (0, 512), (1000, 300), (0, 2048), (200, 40)][:n_sizes]
+    return truth, [
+        (before, n, truth.seconds(n, before) * generator.normal(1, 0.03)) for before, n in sizes * 3
+    ]
+
+
+@pytest.mark.parametrize(("n_sizes", "tolerance"), [(1, 0.2), (2, 0.2), (4, 0.1), (6, 0.08)])
+def test_half_a_prefix_is_rated_by_the_shape_until_passes_tell(n_sizes, tolerance):
+    """A share that is wrong by half, either way, is right enough."""
+    generator = np.random.default_rng(n_sizes)
+    for share in (2e-4, 3e-4, 4.5e-4):
+        truth, passes = passes_of_three(generator, n_sizes)
+        book = CostBook(None, "made up")
+        book.attention_share = share
+        for row in passes:
+            book.add_forward(*row)
+        for n_tokens in (1024, 2048, 3000):
+            found = book.forward().seconds(n_tokens)
+            assert abs(found / truth.seconds(n_tokens) - 1) <= tolerance
+
+
+def test_without_a_shape_two_sizes_underrate_half_a_prefix():
+    """Why there is a shape: the same passes, and half of 4,096 tokens for a quarter of the time."""
+    truth = ForwardCost(0.0, 2.6e-3, 8e-7)
+    book = CostBook(None, "made up")
+    book.add_forward(0, 4096, truth.seconds(4096))
+    book.add_forward(4096, 64, 1.2 * truth.seconds(64, 4096))  # a head that is slow for short ones
+    alone = book.forward().seconds(2048) / truth.seconds(2048)
+    book.attention_share = 3e-4
+    assert alone < 0.8
+    assert book.forward().seconds(2048) / truth.seconds(2048) > 0.9
+
+
+def test_one_size_is_not_all_overhead():
+    book = CostBook(None, "made up")
+    book.add_forward(0, 1000, 2.0)
+    assert book.forward().seconds(500) == pytest.approx(1.0, rel=0.01)
+
+
+def test_many_passes_decide_against_the_shape():
+    truth = ForwardCost(0.01, 1e-3, 1e-6)
+    sizes = [(0, 64), (0, 200), (200, 500), (0, 1000), (4000, 2000), (0, 9000)]
+    book = book_of(truth, sizes * 4)
+    for share in (1e-5, 1e-1):  # a hundred times less and more than it is
+        book.attention_share = share
+        for n_before, n_new in sizes:
+            expected = truth.seconds(n_new, n_before)
+            assert book.forward().seconds(n_new, n_before) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "deepseek_v3", "gpt2", "gpt_neo"])
+def test_the_shape_of_a_model(name):
+    if not models.is_available(name):
+        pytest.skip(f"this transformers has no {name}")
+    share = costs.attention_share(models.tiny(name))
+    n_products = models.N_LAYERS * 2 * 64  # of width 64, as are all of these
+    n_weights = sum(x.numel() for x in decoder_layers(models.tiny(name))[0].parameters())
+    assert share is not None
+    assert n_products / n_weights / 2 <= share <= 6 * n_products / n_weights
+
+
+def test_a_shape_that_is_not_known_is_none():
+    class Model(torch.nn.Module):
+        config = type("Config", (), {"get_text_config": lambda self, **_: self})()
+
+    assert costs.attention_share(Model()) is None
+    book = CostBook(None, "unknown")
+    costs.know_model(book, Model())
+    assert book.attention_share is None
 
 
 @given(
@@ -177,3 +254,22 @@ def test_the_command_line_shows_them(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "forward pass of n tokens" in text
     assert "decoding int4" in text
+
+
+def test_pairs_are_counted_apart_and_other_partners_bytes_to_the_upper_layer():
+    book = book_of(ForwardCost(0.0, 1e-3, 0.0), [(0, 100), (0, 200), (0, 400)])
+    blocks = [
+        ((0,), 3, 100, 400),
+        ((0, 2), 3, 600, 800),
+        ((1, 2), 3, 50, 800),
+        ((0, 2), 3, 200, 800),
+        ((1, 3), 3, 70, 800),
+    ]
+    found = book.plan_costs(
+        4, 1, blocks, read_bytes_per_s=10, n_threads=2, block_tokens=512, first_block_tokens=4
+    )
+    assert found.partner.tolist() == [-1, -1, 0, 1]
+    assert found.pair_read_s.tolist() == [0, 0, 80, 7]
+    assert found.read_s.tolist() == [10, 0, 5, 0]
+    decoded = np.array([400 + 800, 800, 1200, 400]) / 1e9 / 2
+    np.testing.assert_allclose(found.decode_s, decoded)

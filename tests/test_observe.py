@@ -1,8 +1,10 @@
 """Observation: what eager attention says is what is seen, and nothing else changes."""
 
 import copy
+import gc
 import inspect
 import threading
+import weakref
 
 import models
 import numpy as np
@@ -212,6 +214,49 @@ def test_nothing_is_seen_without_an_estimator_or_in_a_pause():
             run(model, ids)
             observe.pop()
     assert watcher.result().n_prefill_rows == 0
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_model_let_go_in_the_middle_of_a_pass_is_watched_no_more(is_paused):
+    """Nothing runs at the end of such a pass; the thread must not keep its estimator for that."""
+    model, other = models.tiny("llama"), models.tiny("qwen2")
+    ids = models.token_ids(1, 30)
+    watcher = Estimator(models.N_LAYERS)
+    kept = weakref.ref(watcher)
+    n_before = len(observe._thread.stack)
+    with observe.install(other) as other_handle:
+        handle = observe.install(model)
+        watch = observe.begin(watcher, handle)
+        run(model, ids[:, :9])
+        thread = threading.Thread(target=handle.remove)
+        thread.start()
+        thread.join()
+        if is_paused:
+            observe.push(None)
+            observe.pop()
+        second = Estimator(models.N_LAYERS)
+        with observe.observing(second, other_handle):
+            run(other, ids)
+        assert len(observe._thread.stack) == n_before
+        assert second.result().n_prefill_rows == 30
+        observe.end(watch, is_failed=True)  # late, and for whatever follows without consequence
+        assert len(observe._thread.stack) == n_before
+        del watcher, watch
+        gc.collect()
+        assert kept() is None
+
+
+def test_a_model_installed_again_is_another_one():
+    model = models.tiny("llama")
+    ids = models.token_ids(1, 30)
+    watcher = Estimator(models.N_LAYERS)
+    handle = observe.install(model)
+    observe.push(watcher, handle)
+    handle.remove()
+    with observe.install(model):
+        run(model, ids)
+    assert watcher.result().n_prefill_rows == 0
+    assert observe._thread.stack == []
 
 
 def test_observers_nest():

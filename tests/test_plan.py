@@ -23,6 +23,7 @@ def cases(draw, max_layers=5, max_tokens=9):
     n_layers = draw(st.integers(1, max_layers))
     n_tokens = draw(st.integers(0, max_tokens))
     seconds = st.sampled_from([0.0, 0.25, 1.0, 1.0, 3.0, 7.5])
+    below = range(-1, n_layers - 1)
     per_layer = st.one_of(seconds, st.lists(seconds, min_size=n_layers, max_size=n_layers))
     costs = Costs(
         n_layers,
@@ -35,6 +36,10 @@ def cases(draw, max_layers=5, max_tokens=9):
         decode_on_compute=draw(st.booleans()),
         block_tokens=draw(st.integers(0, 5)),
         first_block_tokens=draw(st.integers(0, 3)),
+        partner=draw(
+            st.one_of(st.just(-1), st.tuples(*(st.integers(-1, lower) for lower in below)))
+        ),
+        pair_read_s=np.multiply(draw(per_layer), n_tokens),
     )
     n_recomputable = draw(st.one_of(st.just(n_tokens), st.integers(0, n_tokens)))
     required = st.lists(st.integers(0, n_recomputable), min_size=n_layers, max_size=n_layers)
@@ -61,6 +66,8 @@ def random_costs(generator, n_layers, n_tokens, **more):
         decode_s=around(10 ** generator.uniform(-2, 1)),
         latency_s=generator.choice([0, 0.1]),
         decode_on_compute=bool(generator.integers(2)),
+        partner=[generator.integers(-1, layer) if layer else -1 for layer in range(n_layers)],
+        pair_read_s=around(generator.choice([0, 1]) * 10 ** generator.uniform(-2, 2)),
         **more,
     )
 
@@ -113,7 +120,7 @@ def test_bound_holds_for_any_plan(case):
     least = reference.best_s("free", costs, n_tokens, n_prompt_tokens, **options)
     found = plan(costs, n_tokens, n_prompt_tokens, **options)
     assert found.bound_s <= least * (1 + 1e-9) + 1e-12
-    if n_tokens:
+    if n_tokens and (costs.partner < 0).all():
         expected = reference.bound_s(costs, n_tokens, n_prompt_tokens)
         assert found.bound_s == pytest.approx(expected, rel=0.01, abs=1e-12)  # its grid is 1/400
 
@@ -184,6 +191,65 @@ def test_faster_channel_is_never_slower(case, factor):
     fast = plan(faster, n_tokens, n_prompt_tokens, **options)
     assert fast.predicted_s <= slow.predicted_s * (1 + 1e-9)
     assert fast.bound_s <= slow.bound_s * (1 + 1e-9)
+
+
+# ---- layers that share -----------------------------------------------------------------------
+
+
+def test_a_shared_block_is_read_once_and_when_it_is_first_needed():
+    """Layers 0 and 1 share all they have, 2 s; layer 0 needs tokens from 6 on, layer 1 from 2."""
+    costs = Costs(2, read_s=0.0, partner=[-1, 0], pair_read_s=[0, 10.0], linear_s_per_token=0.01)
+    assert predict(costs, 10, 0, [6, 2]) == pytest.approx(8.0)
+    steps = plan(costs, 10, 0, shape="load").steps()
+    assert [(step.layer, step.start_s, step.end_s) for step in steps] == [(0, 0, 10), (1, 10, 10)]
+    wanted = Costs(2, partner=[-1, 0], pair_read_s=[0, 10.0], linear_s_per_token=1.0)
+    late, early = (predict(wanted, 10, 1, mine) for mine in ([10, 0], [0, 0]))
+    assert early == 12.0  # layer 0 of the prompt waits for all of it
+    assert late == 12.0  # layer 0 is computed whole and waits for nothing: work takes 12
+    assert predict(wanted, 10, 1, [10, 10]) == 22.0
+
+
+def test_to_drop_a_shared_block_both_layers_are_recomputed():
+    costs = Costs(4, linear_s_per_token=0.1, partner=[-1, -1, 0, 1], pair_read_s=[0, 0, 20, 20])
+    alone = Costs(4, read_s=[0, 0, 20, 20])
+    n_tokens = 100
+    assert predict(costs, n_tokens, 0, [50, 50, 0, 0]) == predict(alone, n_tokens, 0, [0] * 4)
+    assert predict(costs, n_tokens, 0, [5, 5, 5, 5]) == pytest.approx(38)
+
+
+@pytest.mark.parametrize("x", [0.2, 1.0, 5.0])
+def test_bound_of_equal_layers_that_share_is_the_harmonic_time(x):
+    """Whatever shares with what: all loaded, all recomputed, or both sides at once."""
+    n_layers, n_tokens = 8, 4096
+    costs = Costs(
+        n_layers,
+        linear_s_per_token=x / n_tokens / n_layers,
+        read_s=[1 / n_layers if layer in (0, 7) else 0 for layer in range(n_layers)],
+        partner=[-1, -1, -1, 1, 2, -1, 5, -1],
+        pair_read_s=2 / n_layers,
+    )
+    found = plan(costs, n_tokens, 0)
+    assert found.bound_s == pytest.approx(1 / (1 + 1 / x), rel=1e-9)
+    assert found.predicted_s == pytest.approx(found.bound_s, rel=0.001)
+    assert found.load_s == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("partner", "error", "words"),
+    [
+        ([-1, 1], ValueError, "partner of layer 1 is 1 but must be -1 or a layer below it"),
+        ([0, -1], ValueError, "partner of layer 0 is 0"),
+        ([-2, -1], ValueError, "partner of layer 0 is -2"),
+        ([-1, 1 << 40], ValueError, "must be numbers of layers"),
+        ([-1, 0.5], ValueError, "must be numbers of layers"),
+        ([-1, 0, 0], krul.ShapeError, r"partner is \(3,\) but n_layers is 2"),
+    ],
+)
+def test_partners_that_are_refused(partner, error, words):
+    with pytest.raises(error, match=words):
+        plan(Costs(2, partner=partner), 10, 1)
+    with pytest.raises(ValueError, match="pair_read_s of layer 1 is -1"):
+        plan(Costs(2, partner=[-1, 0], pair_read_s=[0, -1]), 10, 1)
 
 
 def test_equal_plans_load():
@@ -332,7 +398,7 @@ def test_largest_extents():
     found = plan(costs, 1 << 30, 1 << 30, granularity=(1 << 63) - 1)
     assert found.predicted_s == found.load_s
     assert found.shape == "load"
-    costs = Costs(2, 1e12, 1e12, 1e12, 1e12, 1e12, 1e12)
+    costs = Costs(2, 1e12, 1e12, 1e12, 1e12, 1e12, 1e12, partner=[-1, 0], pair_read_s=1e12)
     assert math.isfinite(plan(costs, 1 << 30, 1 << 30).predicted_s)
 
 

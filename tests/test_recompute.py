@@ -539,7 +539,7 @@ def test_block_masks_are_refused():
 )
 def test_what_is_cut_and_where(name, shape, expected):
     """Of a chunk of 8 tokens after 4 others, 5 are left."""
-    progress = recompute._Progress([12, 9], {}, 8, None)
+    progress = recompute._Progress([12, 9], {}, 8, (), None)
     progress.begin(4, 8)
     cut = recompute._Cut(progress.n_here(1), progress)
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)

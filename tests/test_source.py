@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import krul
-from krul import costs
+from krul import costs, observe
 
 # Blocks begin at tokens 0, 4, 516 and 1028.
 N_HISTORY = 1100
@@ -210,7 +210,7 @@ def test_a_restore_and_its_passes_are_measured(store, llama):
 def test_layers_that_cannot_be_recomputed_alone_are_loaded(store, llama):
     saved(store, llama)
     with reopened(store, llama, "pyramid") as cache:
-        cache.partial_blocker = "the probe said no"
+        cache.ask_partial = lambda: "the probe said no"
         next_logits(llama, cache)
         report = cache.restore_report
     assert report.plan == "load"
@@ -303,7 +303,7 @@ def test_dropped_tokens_that_cannot_be_recomputed_in_part_are_recomputed_whole(s
     with krul.attach(llama, observe=False):
         expected = next_logits(llama, exact)
     with store.open("chat", llama) as cache:
-        cache.partial_blocker = "the probe said no"
+        cache.ask_partial = lambda: "the probe said no"
         logits = next_logits(llama, cache)
         assert "the probe said no" in cache.restore_report.reason
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -479,6 +479,22 @@ def test_closing_in_the_middle_of_a_pass_is_an_error_there(store, llama):
                 next_logits(llama, cache)
         finally:
             hook.remove()
+    with krul.attach(llama), torch.no_grad():
+        llama(models.token_ids(3, 9), past_key_values=krul.Cache(model=llama))
+    assert all(watch is None for watch in observe._thread.stack)
+
+
+def test_what_is_not_recomputed_is_not_tried_out(store, tmp_path):
+    """The first restore of a model runs it only for what that restore needs to know."""
+    model = models.tiny("llama")
+    saved(store, model)
+    asked = []
+    for restore, expected in (("load", []), ("uniform", ["asked"])):
+        with reopened(store, model, restore) as cache:
+            ask, cache.ask_partial = cache.ask_partial, lambda: asked.append("asked") or ""
+            next_logits(model, cache)
+            assert ask() == ""
+        assert asked == expected
 
 
 def test_the_timeline_of_a_restore(store, llama):

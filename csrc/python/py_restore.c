@@ -369,6 +369,31 @@ restore_drop(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(restore_reorder_doc, "reorder($self, order, /)\n--\n\n"
+                                  "Take steps that have not begun in this order: int64 indices of\n"
+                                  "all steps, each once.");
+
+static PyObject *
+restore_reorder(PyObject *object, PyObject *argument)
+{
+    py_restore *self = (py_restore *)object;
+    PyArrayObject *order = (PyArrayObject *)PyArray_FROMANY(argument, NPY_INT64, 1, 1,
+                                                            NPY_ARRAY_CARRAY_RO);
+    if (order == NULL) {
+        return NULL;
+    }
+    krul_error err;
+    krul_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = krul_restore_reorder(self->restore, PyArray_DATA(order), PyArray_DIM(order, 0), &err);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(order);
+    if (status != KRUL_STATUS_OK) {
+        return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
+    }
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(restore_limit_doc, "limit($self, max_bytes_per_s, /)\n--\n\n"
                                 "Change how many bytes are read per second; 0: no limit.");
 
@@ -432,6 +457,7 @@ static PyMethodDef restore_methods[] = {
     {"counts", restore_counts, METH_NOARGS, restore_counts_doc},
     {"trace", restore_trace, METH_NOARGS, restore_trace_doc},
     {"drop", restore_drop, METH_VARARGS, restore_drop_doc},
+    {"reorder", restore_reorder, METH_O, restore_reorder_doc},
     {"limit", restore_limit, METH_O, restore_limit_doc},
     {"abandon", restore_abandon, METH_NOARGS, restore_abandon_doc},
     {"advance", restore_advance, METH_O, restore_advance_doc},

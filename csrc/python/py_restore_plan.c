@@ -1,12 +1,13 @@
 /* py_restore_plan.c - restore plans as tuples, from costs that are one array and a few numbers. */
 #include "py_krul.h"
 
-enum { N_COST_ROWS = 5 }; /* linear, quadratic, overhead, read, decode */
+enum { N_COST_ROWS = 6 }; /* linear, quadratic, overhead, read, decode, pair_read */
 
 /* Costs with the arrays that they borrow from. */
 typedef struct borrowed_costs {
     krul_restore_costs costs;
     PyArrayObject *seconds; /* owned: N_COST_ROWS x n_layers */
+    PyArrayObject *partner; /* owned: n_layers */
     PyArrayObject *n_tokens; /* owned: n_layers, or NULL */
 } borrowed_costs;
 
@@ -14,6 +15,7 @@ static void
 release_costs(borrowed_costs *borrowed)
 {
     Py_CLEAR(borrowed->seconds);
+    Py_CLEAR(borrowed->partner);
     Py_CLEAR(borrowed->n_tokens);
 }
 
@@ -23,20 +25,22 @@ static int
 borrow_costs(py_krul_state *state, PyObject *tuple, PyObject *n_by_layer, const char *name,
              borrowed_costs *out)
 {
-    PyObject *seconds;
+    PyObject *seconds, *partner;
     int decode_on_compute;
     long long block_tokens, first_block_tokens;
     krul_restore_costs *costs = &out->costs;
-    if (!PyArg_ParseTuple(tuple, "OdpLL:costs", &seconds, &costs->latency_s, &decode_on_compute,
-                          &block_tokens, &first_block_tokens)) {
+    if (!PyArg_ParseTuple(tuple, "OOdpLL:costs", &seconds, &partner, &costs->latency_s,
+                          &decode_on_compute, &block_tokens, &first_block_tokens)) {
         return -1;
     }
     out->seconds = (PyArrayObject *)PyArray_FROMANY(seconds, NPY_DOUBLE, 2, 2, NPY_ARRAY_CARRAY_RO);
-    if (out->seconds != NULL && n_by_layer != NULL) {
+    out->partner = (PyArrayObject *)PyArray_FROMANY(partner, NPY_INT32, 1, 1, NPY_ARRAY_CARRAY_RO);
+    if (out->partner != NULL && out->seconds != NULL && n_by_layer != NULL) {
         out->n_tokens = (PyArrayObject *)PyArray_FROMANY(n_by_layer, NPY_INT64, 1, 1,
                                                          NPY_ARRAY_CARRAY_RO);
     }
-    if (out->seconds == NULL || (out->n_tokens == NULL && n_by_layer != NULL)) {
+    if (out->seconds == NULL || out->partner == NULL ||
+        (out->n_tokens == NULL && n_by_layer != NULL)) {
         return -1;
     }
     npy_intp n_layers = PyArray_DIM(out->seconds, 1);
@@ -50,6 +54,14 @@ borrow_costs(py_krul_state *state, PyObject *tuple, PyObject *n_by_layer, const 
         py_krul_raise(state, &err);
         return -1;
     }
+    if (PyArray_DIM(out->partner, 0) != n_layers) {
+        krul_error err;
+        krul_fail(&err, KRUL_STATUS_BAD_SHAPE, "costs is (%lld, %lld) but partner has %lld layers",
+                  (long long)PyArray_DIM(out->seconds, 0), (long long)n_layers,
+                  (long long)PyArray_DIM(out->partner, 0));
+        py_krul_raise(state, &err);
+        return -1;
+    }
     const double *rows = PyArray_DATA(out->seconds);
     costs->n_layers = (int32_t)n_layers;
     costs->linear_s_per_token = rows;
@@ -57,6 +69,8 @@ borrow_costs(py_krul_state *state, PyObject *tuple, PyObject *n_by_layer, const 
     costs->overhead_s = rows + 2 * n_layers;
     costs->read_s = rows + 3 * n_layers;
     costs->decode_s = rows + 4 * n_layers;
+    costs->pair_read_s = rows + 5 * n_layers;
+    costs->partner = PyArray_DATA(out->partner);
     costs->decode_on_compute = decode_on_compute != 0;
     costs->block_tokens = block_tokens;
     costs->first_block_tokens = first_block_tokens;

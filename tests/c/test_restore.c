@@ -240,6 +240,44 @@ test_drop(void)
     close(fd);
 }
 
+/* Steps that have not begun come in the new order, each once; what is no order changes nothing. */
+static void
+test_reorder(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    krul_restore *restore = NULL;
+    double first_bytes = (double)steps[0].entry.payload_bytes;
+    krul_restore_options options = {.n_threads = 1, .max_bytes_per_s = first_bytes / 0.05};
+    memset(target, 0, sizeof target);
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(!krul_restore_wait_for(restore, 0, 0.01)); /* it is being read */
+    const int64_t order[N_LAYERS] = {4, 0, 2, 3, 1};
+    CHECK(krul_restore_reorder(restore, order, N_LAYERS, &err) == KRUL_STATUS_OK);
+    krul_restore_limit(restore, 0);
+    const int64_t twice[N_LAYERS] = {0, 1, 2, 3, 3}, beyond[N_LAYERS] = {0, 1, 2, 3, 5};
+    CHECK(krul_restore_reorder(restore, twice, N_LAYERS, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "order has 3 at 4") != NULL);
+    CHECK(krul_restore_reorder(restore, beyond, N_LAYERS, NULL) == KRUL_STATUS_BAD_VALUE);
+    CHECK(krul_restore_reorder(restore, order, 3, &err) == KRUL_STATUS_BAD_SHAPE);
+    for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+    }
+    krul_restore_trace traces[N_LAYERS];
+    krul_restore_read_trace(restore, traces);
+    CHECK(traces[0].end_s <= traces[4].begin_s && traces[4].end_s <= traces[2].begin_s);
+    CHECK(traces[2].end_s <= traces[3].begin_s && traces[3].end_s <= traces[1].begin_s);
+    krul_restore_counts counts;
+    krul_restore_read_counts(restore, &counts);
+    CHECK(counts.n_steps_done == N_LAYERS);
+    CHECK(krul_restore_reorder(restore, order, N_LAYERS, &err) == KRUL_STATUS_OK); /* too late */
+    CHECK(memcmp(source, target, sizeof source) == 0);
+    krul_restore_free(restore);
+    close(fd);
+}
+
 /* On a machine that is made up the time of every step follows from four numbers. */
 static void
 test_made_up_machine(void)
@@ -326,7 +364,7 @@ meddle(void *argument)
     meddling *with = argument;
     for (int i = 0; i < 4; i++) {
         int32_t layer = (int32_t)(rand_r(&with->seed) % N_LAYERS);
-        switch (rand_r(&with->seed) % 6) {
+        switch (rand_r(&with->seed) % 7) {
             case 0:
                 krul_restore_drop(with->restore, layer, N_TOKENS);
                 break;
@@ -340,6 +378,17 @@ meddle(void *argument)
                 usleep((useconds_t)(rand_r(&with->seed) % 100));
                 break;
             case 4: {
+                int64_t order[N_LAYERS];
+                krul_error err;
+                for (int64_t k = 0; k < N_LAYERS; k++) {
+                    order[k] = (k * 2 + layer) % N_LAYERS;
+                }
+                if (krul_restore_reorder(with->restore, order, N_LAYERS, &err) != KRUL_STATUS_OK) {
+                    abort(); /* CHECK counts, and is for one thread */
+                }
+                break;
+            }
+            case 5: {
                 krul_restore_counts counts;
                 krul_restore_trace traces[N_LAYERS];
                 krul_restore_read_counts(with->restore, &counts);
@@ -462,6 +511,7 @@ main(void)
     test_cancel();
     test_limit();
     test_drop();
+    test_reorder();
     test_storm();
     test_refusals();
     test_made_up_machine(); /* last: it changes the entries */

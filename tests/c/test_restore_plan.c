@@ -8,7 +8,8 @@
 enum { N_LAYERS = 4, N_TOKENS = 12 };
 
 static double linear[N_LAYERS], quadratic[N_LAYERS], overhead[N_LAYERS], reading[N_LAYERS],
-    decoding[N_LAYERS];
+    decoding[N_LAYERS], pair_reading[N_LAYERS];
+static int32_t partner[N_LAYERS];
 static int64_t required[N_LAYERS], n_recomputed[N_LAYERS];
 
 /* A second per token and layer, whether recomputed or loaded. */
@@ -18,7 +19,8 @@ reset(void)
     for (int l = 0; l < N_LAYERS; l++) {
         linear[l] = 1;
         reading[l] = N_TOKENS;
-        quadratic[l] = overhead[l] = decoding[l] = 0;
+        quadratic[l] = overhead[l] = decoding[l] = pair_reading[l] = 0;
+        partner[l] = -1;
         required[l] = 0;
         n_recomputed[l] = -7;
     }
@@ -117,6 +119,42 @@ test_steps(void)
     CHECK(steps[2].action == KRUL_RESTORE_ACTION_RECOMPUTE && steps[2].end_s == 22);
     CHECK(steps[3].action == KRUL_RESTORE_ACTION_PROMPT && steps[3].layer == 0);
     CHECK(steps[4].action == KRUL_RESTORE_ACTION_PROMPT && is_close(steps[4].end_s, 26));
+}
+
+/* Layers 0 and 3 share all that they have, so do 1 and 2: half of the bytes. */
+static void
+test_pairs(void)
+{
+    krul_restore_plan_step steps[3 * N_LAYERS];
+    int64_t n_steps = 0;
+    krul_error err;
+    krul_restore_costs costs = reset();
+    costs.partner = partner;
+    costs.pair_read_s = pair_reading;
+    memset(reading, 0, sizeof reading);
+    partner[3] = 0;
+    partner[2] = 1;
+    pair_reading[3] = pair_reading[2] = N_TOKENS;
+    krul_restore_plan plan = choose(&costs, KRUL_RESTORE_SHAPE_AUTO);
+    CHECK(plan.load_s == 24 && plan.recompute_s == 48 && plan.predicted_s == 16);
+    CHECK(is_close(plan.bound_s, 16));
+    for (int l = 0; l < N_LAYERS; l++) {
+        CHECK(n_recomputed[l] == 4);
+    }
+    n_recomputed[0] = n_recomputed[1] = 12;
+    n_recomputed[2] = 6;
+    n_recomputed[3] = 3;
+    CHECK(krul_restore_plan_steps(&costs, n_recomputed, steps, &n_steps, &err) == KRUL_STATUS_OK);
+    CHECK(n_steps == 6);
+    for (int64_t i = 0; i < n_steps; i++) {
+        if (steps[i].action == KRUL_RESTORE_ACTION_LOAD) {
+            CHECK(is_close(steps[i].end_s, steps[i].layer == 2 ? 6 : 15));
+        }
+    }
+    partner[2] = 2;
+    CHECK(krul_restore_plan_steps(&costs, n_recomputed, steps, &n_steps, &err) ==
+          KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "partner of layer 2 is 2") != NULL);
 }
 
 static void
@@ -230,6 +268,7 @@ main(void)
     test_half_and_half();
     test_shapes();
     test_steps();
+    test_pairs();
     test_limits();
     test_refused_counts();
     test_refused_costs();

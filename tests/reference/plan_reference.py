@@ -36,6 +36,23 @@ def pass_s(costs, layer, start, end):
     return linear + quadratic + costs.overhead_s[layer]
 
 
+def pairs_s(costs, n_tokens, n_recomputed, layer, shared):
+    """Return what reading a layer's shared tokens takes, but those that are in `shared` already.
+
+    `shared` has (upper layer, token) and gets what is read now.
+    """
+    seconds = 0.0
+    first = block_of(costs, n_tokens, n_recomputed[layer])
+    for upper in range(costs.n_layers):
+        if costs.partner[upper] < 0 or layer not in (upper, costs.partner[upper]):
+            continue
+        for token in range(n_tokens):
+            if block_of(costs, n_tokens, token) >= first and (upper, token) not in shared:
+                shared.add((upper, token))
+                seconds += costs.pair_read_s[upper] / n_tokens
+    return seconds
+
+
 def play(costs, n_tokens, n_prompt_tokens, n_recomputed, load_ends=None):
     """Play the schedule through; returns when the first token is there, and when each load ends.
 
@@ -44,6 +61,7 @@ def play(costs, n_tokens, n_prompt_tokens, n_recomputed, load_ends=None):
     layers = range(costs.n_layers)
     now = sum(pass_s(costs, layer, 0, n_recomputed[layer]) for layer in layers)
     channel, ends = costs.latency_s, {}
+    shared = set()
     for layer in layers:
         fraction = loaded_fraction(costs, n_tokens, n_recomputed[layer])
         decode_s = fraction * costs.decode_s[layer]
@@ -51,6 +69,7 @@ def play(costs, n_tokens, n_prompt_tokens, n_recomputed, load_ends=None):
             now += decode_s
         if n_recomputed[layer] < n_tokens:
             read_s = fraction * costs.read_s[layer]
+            read_s += pairs_s(costs, n_tokens, n_recomputed, layer, shared)
             channel += read_s if costs.decode_on_compute else max(read_s, decode_s)
             ends[layer] = channel
     for layer in layers:
