@@ -106,7 +106,7 @@ class Codec:
     @property
     def name(self) -> str:
         """What the table calls it."""
-        return f"{self.family} {self.parameter}".strip()
+        return f"{self.family}: {self.parameter}" if self.parameter else self.family
 
     def roundtrip(self, history: History) -> Restored:
         """Keep a history and give it back."""
@@ -217,7 +217,7 @@ def grouped_integers(bits: int, group: int, keep_first: int = KEEP_FIRST) -> Cod
             n_bytes += k.n_bytes + v.n_bytes + sum(ITEM_BYTES * x.numel() for x in first)
         return Restored(layers, n_bytes)
 
-    return Codec(f"int, groups of {group}", f"{bits} bits", run)
+    return Codec(f"integers in groups of {group}", f"{bits} bits", run)
 
 
 def quanto_like(bits: int, group: int = 64) -> Codec:
@@ -264,8 +264,8 @@ N_COMPONENTS = 2048
 GROUP = 16
 MAX_BITS = 8
 KEEP_LAST = 128
-_SAMPLE_EVERY = 12
-_FACTORS = np.geomspace(0.01, 4.0, 60)
+_SAMPLE_EVERY = 24
+_FACTORS = np.geomspace(0.015, 3.0, 28)
 
 
 class Moments:
@@ -550,7 +550,7 @@ def one_step_transform(basis: Callable[[], Basis], step: float) -> Codec:
         exact = _put_back(history, layers, KEEP_FIRST, 0)
         return Restored(layers, math.ceil(n_bytes) + exact)
 
-    return Codec("joint PCA, one step (ideal entropy)", f"{step:g}", run)
+    return Codec("KVTC transform (one step and ideal entropy)", f"{step:g}", run)
 
 
 def load_basis(
