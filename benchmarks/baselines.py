@@ -554,19 +554,22 @@ def one_step_transform(basis: Callable[[], Basis], step: float) -> Codec:
 
 
 def load_basis(
-    what: str, histories: Callable[[], Iterable[History]], folder: Path | None = None
+    what: str,
+    histories: Callable[[], Iterable[History]],
+    n_components: int = N_COMPONENTS,
+    folder: Path | None = None,
 ) -> Basis:
     """Read a fitted basis from disk, or fit it and keep it there.
 
     `what` says what it was fitted to; another text gives another file.
     """
-    name = hashlib.sha256(f"{what} {N_COMPONENTS} {GROUP} {MAX_BITS}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{what} {n_components} {GROUP} {MAX_BITS}".encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"basis-{name}.pt"
     tables = ("errors", "factors")
     if path.is_file():
         found = torch.load(path, weights_only=True)
         return Basis(**found | {name: [x.numpy() for x in found[name]] for name in tables})
-    basis = fit_basis(histories())
+    basis = fit_basis(histories(), n_components)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")
     plain = vars(basis) | {

@@ -42,6 +42,8 @@ N_SCORED = bench_codecs.N_SCORED
 N_TRIALS = 100
 QUICK_TRIALS = 2
 N_CALIBRATION_TOKENS = 3072
+QUICK_CALIBRATION_TOKENS = 1024
+QUICK_COMPONENTS = 1024
 # Close to a neighbour on the same line: not asked, for each answer costs as much as a codec does.
 NOT_ASKED = (
     "krul: exact",
@@ -154,13 +156,15 @@ class OutOfTimeError(Exception):
 class Bench:
     """The model, the codecs chosen, and what has been measured."""
 
-    def __init__(self, parts: Parts, seconds: float = math.inf) -> None:
+    def __init__(self, parts: Parts, seconds: float = math.inf, *, is_quick: bool = False) -> None:
         self.tokenizer, self.model = load(torch.float32)
         self.reader = bench_codecs.Bench()
         self.reader.tokenizer, self.reader.model = self.tokenizer, self.model
         self.parts = parts
         self.deadline = time.monotonic() + seconds
         self.commit = harness._first_line("git", "rev-parse", "--short", "HEAD")
+        self.n_calibration_tokens = QUICK_CALIBRATION_TOKENS if is_quick else N_CALIBRATION_TOKENS
+        self.n_components = QUICK_COMPONENTS if is_quick else baselines.N_COMPONENTS
         self.codecs: list[Codec] = codecs(self.basis)
 
     def encode(self, words: str) -> list[int]:
@@ -209,10 +213,11 @@ class Bench:
         def histories() -> Iterator[History]:
             for number, text in enumerate(words):
                 print(f"calibration text {number + 1} of {len(words)} ...", file=sys.stderr)
-                yield self.read(torch.tensor([self.encode(text)[:N_CALIBRATION_TOKENS]]))
+                yield self.read(torch.tensor([self.encode(text)[: self.n_calibration_tokens]]))
 
-        what = f"SmolLM2-135M-Instruct {N_CALIBRATION_TOKENS} {texts.digest(''.join(words))}"
-        return baselines.load_basis(what, histories)
+        digest = texts.digest("".join(words))
+        what = f"SmolLM2-135M-Instruct {self.n_calibration_tokens} {digest}"
+        return baselines.load_basis(what, histories, self.n_components)
 
     def log_probabilities(
         self, layers: baselines.KeysAndValues, ids: torch.Tensor, n_before: int
@@ -478,7 +483,7 @@ def main() -> int:
 
     file = "quick.jsonl" if options.quick else "full.jsonl"
     parts = Parts(options.parts or baselines.cache_folder() / file, is_fresh=options.fresh)
-    bench = Bench(parts, options.seconds)
+    bench = Bench(parts, options.seconds, is_quick=options.quick)
     bench.codecs = chosen(bench.codecs, options.codecs)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     n_topics = options.topics or (1 if options.quick else len(chats.TOPICS))

@@ -265,9 +265,9 @@ def test_a_basis_is_read_back_as_it_was_fitted(basis, tmp_path):
         calls.append(1)
         return [make_history(400, seed) for seed in (1, 2, 3)]
 
-    baselines.load_basis("what", histories, tmp_path)
-    again = baselines.load_basis("what", histories, tmp_path)
-    baselines.load_basis("something else", histories, tmp_path)
+    baselines.load_basis("what", histories, folder=tmp_path)
+    again = baselines.load_basis("what", histories, folder=tmp_path)
+    baselines.load_basis("something else", histories, folder=tmp_path)
     assert len(calls) == 2
     for kv in (0, 1):
         assert torch.equal(again.vectors[kv], basis.vectors[kv])
