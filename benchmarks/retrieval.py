@@ -16,6 +16,7 @@ from typing import Any
 TASKS = ("needle", "keys", "copy")
 NEEDLE_TOKENS = (1024, 1536, 2048, 3072, 4096)
 OTHER_TOKENS = (1024, 1536, 2048)
+N_KEYS = 20
 
 _PLACES = re.findall(
     r"\w+",
@@ -109,17 +110,10 @@ def _needle(
 def _keys(
     number: int, n_tokens: int, draw: random.Random, encode: Any, haystack: list[int]
 ) -> Trial:
-    history = encode(_chat("Read the table of keys and values and remember it."))
-    keys = [f"{a}-{b}" for a in _WORDS for b in _WORDS]
-    draw.shuffle(keys)
-    table: list[tuple[str, str]] = []
-    while True:
-        table.append((keys[len(table)], _digits(draw, 4)))
-        line = encode(f"The value of {table[-1][0]} is {table[-1][1]}.\n")
-        if len(history) + len(line) > n_tokens:
-            break
-        history += line
-    key, value = draw.choice(table[:-1])
+    table = {key: _digits(draw, 4) for key in draw.sample(_WORDS, N_KEYS)}
+    lines = "".join(f"The value of {key} is {value}.\n" for key, value in table.items())
+    history = _around(f"\n\n{lines}\n", n_tokens, draw, encode, haystack)
+    key, value = draw.choice(list(table.items()))
     question = _ask(f"What is the value of {key}?", f"The value of {key} is")
     return Trial("keys", number, history, encode(question), encode(f" {value}"))
 
