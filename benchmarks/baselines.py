@@ -260,7 +260,7 @@ def heavy_hitters(ratio: float, keep_first: int = KEEP_FIRST) -> Codec:
 
 # Transform coding.
 
-N_COMPONENTS = 2048
+N_COMPONENTS = 4096
 GROUP = 16
 MAX_BITS = 8
 KEEP_LAST = 128

@@ -401,24 +401,31 @@ def _mean(section: str, n_tokens: int | None, group: list[dict[str, Any]]) -> di
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw mean divergence, and right answers, over the ratio: one line per family."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5))
+    measured = {row["section"] for row in rows}
+    panels = [name for name in SECTIONS if name in measured]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5.5), squeeze=False)
     families = list(dict.fromkeys(row["family"] for row in rows))
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(families)}
-    panels = (("text", "mean_kl"), ("chats", "mean_kl"), ("retrieval", "score"))
-    for axis, (section, what) in zip(axes, panels, strict=True):
+    for axis, section in zip(axes[0], panels, strict=True):
+        what = "score" if section == "retrieval" else "mean_kl"
         mine = [row for row in rows if row["section"] == section]
-        longest = max((row["n_tokens"] or 0 for row in mine), default=0)
+        longest = max(row["n_tokens"] or 0 for row in mine)
         mine = [row for row in mine if (row["n_tokens"] or 0) == longest]
         for family in families:
             line = sorted((r["ratio_bf16"], r[what]) for r in mine if r["family"] == family)
-            line = [point for point in line if what != "mean_kl" or point[1] > 0]
+            line = [point for point in line if what == "score" or point[1] > 0]
+            style = {"marker": "o", "linewidth": 3} if family == "krul" else {"marker": "."}
             if line:
-                axis.plot(*zip(*line, strict=True), marker=".", label=family, color=colours[family])
+                axis.plot(*zip(*line, strict=True), color=colours[family], **style)
+        ratios = [2**i for i in range(6)]
         axis.set(xscale="log", xlabel="times smaller than bf16")
+        axis.set_xticks(ratios, [str(ratio) for ratio in ratios])
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
         if what == "mean_kl":
             axis.set(yscale="log", ylabel="mean KL, nats", title=f"{section}, {longest:,} tokens")
