@@ -438,13 +438,20 @@ def deflated_bytes(numbers: np.ndarray, bits: int) -> int:
 
 
 def entropy_bytes(numbers: np.ndarray) -> float:
-    """Return the ideal code length of integers with a table per column, and 1.5 bytes an entry."""
-    n_bytes = 0.0
-    for column in numbers.T:
-        counts = np.bincount(column - column.min())
+    """Return the ideal code length of integers, n x n_components, and 1.5 bytes a table's entry.
+
+    Each group of components has one table for all or one for each, whichever is shorter.
+    """
+
+    def coded(x: np.ndarray) -> float:
+        counts = np.bincount(x - x.min())
         counts = counts[counts > 0]
-        n_bytes += float(-(counts * np.log2(counts / counts.sum())).sum()) / 8
-        n_bytes += 1.5 * len(counts)
+        return float(-(counts * np.log2(counts / counts.sum())).sum()) / 8 + 1.5 * len(counts)
+
+    n_bytes = 0.0
+    for start in range(0, numbers.shape[1], GROUP):
+        group = numbers[:, start : start + GROUP].astype(np.int64)
+        n_bytes += min(coded(group.reshape(-1)), sum(coded(column) for column in group.T))
     return n_bytes
 
 
