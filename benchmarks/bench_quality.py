@@ -512,6 +512,12 @@ def main() -> int:
     details.sort(key=lambda row: order[row["codec"]])
     rows = means(details)
     about = notes(details) + ([] if is_whole else ["The run was stopped before its end."])
+    if options.quick:
+        about.append(
+            f"Quick: KVTC's basis has {QUICK_COMPONENTS:,} components, fitted to "
+            f"{QUICK_CALIBRATION_TOKENS:,} tokens of each text; what it leaves out bounds its "
+            "finest steps, and more than 1.4 bits find no use."
+        )
     harness.finish(
         "quality",
         rows,
