@@ -154,6 +154,7 @@ def finish(
     notes: Iterable[str] = (),
     is_quick: bool = False,
     path: Path | None = None,
+    details: list[dict[str, Any]] | None = None,
 ) -> Path | None:
     """Print the table, and write the results.
 
@@ -171,6 +172,8 @@ def finish(
         A quick look is only written where `path` says so.
     path : Path or None
         The JSON file; None is ``benchmarks/results/<name>.json``.
+    details : list of dict or None
+        Rows behind the table's, for the JSON file alone.
     """
     result = {
         "benchmark": name,
@@ -181,6 +184,8 @@ def finish(
         "columns": [list(column) for column in columns],
         "rows": rows,
     }
+    if details is not None:
+        result["details"] = details
     print(table(result))
     for note in result["notes"]:
         print(f"- {note}")
