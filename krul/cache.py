@@ -177,6 +177,8 @@ class Cache(DynamicCache):
         self.ask_partial: Callable[[], str] = str
         #: What forward passes and restores of this model cost here; what is measured is added.
         self.costs: Any = None
+        self.profile: Any = None
+        self.find_profile: Any = None
         self._history: History | None = History()
         self._lost_reason = ""
         self._saved_ids: torch.Tensor | None = None

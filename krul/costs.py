@@ -50,6 +50,9 @@ UNKNOWN_DECODE_BYTES_PER_S = 1e9
 _NO_OVERHEAD_WEIGHT, _SHARE_WEIGHT = 0.01, 0.1
 _SHARE_RANGE = (1e-9, 1.0)
 
+# What the guard may say of a step; beyond it is no measurement.
+_DIVERGENCE_RANGE = (1e-9, 1e3)
+
 # Names that configurations give to the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -192,6 +195,7 @@ class CostBook:
         self.read_bytes_per_s: float | None = None
         self.attention_share: float | None = None
         self._decode_bytes_per_s: dict[int, float] = {}
+        self._kl_per_step2: dict[str, float] = {}
         self._passes: dict[int, list[tuple[int, int, float]]] = {}
         self._lock = threading.Lock()
         self._is_changed = False
@@ -228,7 +232,22 @@ class CostBook:
                     )
                     self._is_changed = True
 
+    def add_divergence(self, profile: str, step: float, mean_kl: float) -> None:
+        """Note what the guard measured of codec predict, with a profile and at a step."""
+        if step > 0 and _is_in(mean_kl, _DIVERGENCE_RANGE):
+            with self._lock:
+                known = self._kl_per_step2.get(profile)
+                found = mean_kl / step**2
+                self._kl_per_step2[profile] = found if known is None else math.sqrt(known * found)
+                self._is_changed = True
+
     # -- what it comes to --
+
+    def step_for(self, profile: str, mean_kl: float) -> float | None:
+        """Return the step that would give this divergence, or None if nothing was measured."""
+        with self._lock:
+            known = self._kl_per_step2.get(profile)
+        return None if known is None else math.sqrt(mean_kl / known)
 
     def forward(self) -> ForwardCost | None:
         """Return what a forward pass costs, or None before any was measured."""
@@ -321,6 +340,10 @@ class CostBook:
         for codec, rate in decoders.items() if isinstance(decoders, dict) else ():
             if codec.isascii() and codec.isdecimal() and _is_in(rate, _RATE_RANGE):
                 self._decode_bytes_per_s[int(codec)] = float(rate)
+        divergences = found.get("kl_per_step2")
+        for profile, value in divergences.items() if isinstance(divergences, dict) else ():
+            if _is_in(value, _DIVERGENCE_RANGE):
+                self._kl_per_step2[profile] = float(value)
         passes = found.get("passes")
         for row in passes if isinstance(passes, list) else ():
             is_row = isinstance(row, list) and len(row) == 3
@@ -341,6 +364,7 @@ class CostBook:
                 "decode_bytes_per_s": {
                     str(codec): rate for codec, rate in sorted(self._decode_bytes_per_s.items())
                 },
+                "kl_per_step2": dict(sorted(self._kl_per_step2.items())),
                 "passes": [list(row) for rows in self._passes.values() for row in rows],
                 "forward": None if forward is None else vars(forward),
             }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import _core
@@ -13,7 +14,9 @@ from .compressor import CODECS, token_runs
 from .estimator import Similarity
 from .fingerprint import Fingerprint
 from .history import Snapshot
-from .manifest import DTYPE_NUMBERS
+from .manifest import BOTH, DTYPE_NUMBERS
+from .predictor import make_predictor
+from .profile import Profile
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, SegmentInfo
 
@@ -25,8 +28,9 @@ _BLOCK = _core.store_constants()["ENTRY_BLOCK"]
 # Blocks that are encoded only to be measured, at a time.
 _BLOCKS_AT_ONCE = 16
 
-# What a block is: codec, kv, lower layer, upper layer or -1, first token.
-_Key = tuple[str, int, int, int, int]
+# What a block is: codec, kv, lower layer, upper layer or -1, first token; and the step of codec
+# predict, else 0.
+_Key = tuple[str, int, int, int, int, float]
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -72,6 +76,8 @@ class Work:
     created_s: float
     similarity: Similarity | None
     similarity_reason: str
+    profile: Profile | None = None
+    find_profile: Callable[[str], Profile] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -84,6 +90,17 @@ class Work:
         return sum(segment.n_tokens for segment in self.segments)
 
     @property
+    def n_batch(self) -> int:
+        """Conversations side by side."""
+        return self.snapshot.token_ids.shape[0]
+
+    def positions(self) -> np.ndarray:
+        """Return what the model was given as positions: [n_tokens], or [n_batch, n_tokens]."""
+        if self.snapshot.positions is None:
+            return np.arange(self.n_tokens)
+        return self.snapshot.positions.numpy()
+
+    @property
     def n_new_tokens(self) -> int:
         """Tokens that no kept segment holds."""
         return self.n_tokens - self.n_stored_tokens
@@ -93,11 +110,14 @@ class Work:
 class Strategy:
     """A codec for K and for V of each layer, and the pairs that share.
 
-    A layer in a pair has the pair's codec in both places.
+    A layer in a pair has the pair's codec in both places, as has one whose K and V are predicted;
+    then `step` is that of the quantiser, and `profile` the digest of the profile.
     """
 
     codecs: tuple[tuple[str, str], ...]
     pairs: tuple[tuple[int, int], ...] = ()
+    step: float = 0.0
+    profile: str = ""
 
     def is_exact(self) -> bool:
         """Whether nothing is lost."""
@@ -109,10 +129,13 @@ class Strategy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest."""
-        return {
+        values: dict[str, Any] = {
             "codecs": [list(pair) for pair in self.codecs],
             "pairs": [list(p) for p in self.pairs],
         }
+        if self.profile:
+            values |= {"profile": self.profile, "step": self.step}
+        return values
 
 
 @dataclass
@@ -133,7 +156,7 @@ class Encoder:
     """
 
     work: Work
-    blocks: dict[_Key, Encoded] = field(default_factory=dict)
+    blocks: dict[_Key, tuple[Encoded, ...]] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
         """Tokens of a layer that this save writes: the new ones, or all that a window holds."""
@@ -164,7 +187,8 @@ class Encoder:
         self.blocks = {key: self.blocks[key] for key in keys if key in self.blocks}
         self.blocks |= self._encode([key for key in keys if key not in self.blocks])
         return sorted(
-            (self.blocks[key] for key in keys), key=lambda block: _file_order(block.entry)
+            (block for key in keys for block in self.blocks[key]),
+            key=lambda block: _file_order(block.entry),
         )
 
     def _keys(self, strategy: Strategy) -> list[_Key]:
@@ -180,45 +204,132 @@ class Encoder:
                     codec = "exact" if keep else strategy.codecs[layer][kv]
                     upper = partner.get(layer, -1)
                     if codec.startswith("share"):
-                        keys.append((codec, kv, layer, upper, start))
+                        keys.append((codec, kv, layer, upper, start, 0.0))
+                    elif codec == "predict":
+                        if kv == KEY:
+                            keys.append((codec, BOTH, layer, -1, start, strategy.step))
                     else:
                         # A pair's exact tokens are stored layer by layer, where readers look.
                         keys += [
-                            (codec, kv, each, -1, start) for each in (layer, upper) if each >= 0
+                            (codec, kv, each, -1, start, 0.0)
+                            for each in (layer, upper)
+                            if each >= 0
                         ]
         return keys
 
-    def _encode(self, keys: Sequence[_Key]) -> dict[_Key, Encoded]:
+    def predicted_layers(self) -> tuple[int, ...]:
+        """Layers that codec predict can hold: full ones whose sources it can hold, too."""
+        profile = self.work.profile
+        found: list[int] = []
+        if profile is None or len(profile.layers) != len(self.work.layers):
+            return ()
+        for index, state in enumerate(self.work.layers):
+            layer = profile.form.layers[index]
+            if layer is None or state is None or state.kind != "full":
+                continue
+            shapes = [(t.shape[1], t.shape[3], t.dtype) for t in state.tensors]
+            if (
+                shapes[0] == shapes[1]
+                and shapes[0][:2] == (layer.n_heads, layer.key_dim)
+                and all(source in found for source in layer.sources)
+            ):
+                found.append(index)
+        return tuple(found)
+
+    def predicted(self, step: float) -> Strategy:
+        """Return the strategy that predicts every layer that can be, and keeps the rest as int8."""
+        assert self.work.profile is not None
+        layers = self.predicted_layers()
+        codecs = tuple(
+            ("predict", "predict") if index in layers else ("int8", "int8")
+            for index in range(len(self.work.layers))
+        )
+        return Strategy(codecs, (), step, self.work.profile.digest)
+
+    def _entry(self, key: _Key, tensor: torch.Tensor) -> Entry:
+        codec, kv, lower, upper, start, _ = key
+        n_batch, n_heads, n_tokens, head_dim = tensor.shape
+        return Entry(
+            kind=_BLOCK,
+            codec=CODECS[codec],
+            kv=kv,
+            dtype=DTYPE_NUMBERS[dtype_name(tensor)],
+            layer_lower=lower,
+            layer_upper=upper,
+            n_batch=n_batch,
+            n_heads=n_heads,
+            head_dim=head_dim,
+            token_start=start,
+            n_tokens=n_tokens,
+            offset=0,
+            payload_bytes=0,
+            payload_crc32c=0,
+        )
+
+    def _encode_chains(self, keys: Sequence[_Key]) -> dict[_Key, tuple[Encoded, ...]]:
+        """Encode blocks of codec predict, run by run; what cannot be held so becomes exact."""
+        work = self.work
+        assert work.profile is not None
+        chains: dict[tuple[int, float], list[_Key]] = {}
+        for key in keys:
+            chains.setdefault((key[4], key[5]), []).append(key)
+        made: dict[_Key, tuple[Encoded, ...]] = {}
+        for step in sorted({step for _, step in chains}):
+            mine = [chain for (_, own), chain in chains.items() if own == step]
+            predictor = make_predictor(
+                work.profile, work.positions(), n_batch=work.n_batch, is_encoding=True
+            )
+            runs = []
+            for chain in mine:
+                start = chain[0][4]
+                end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
+                runs.append(
+                    [
+                        (key[2], start, *(self.tensor(key[2], kv, start, end) for kv in (0, 1)))
+                        for key in chain
+                    ]
+                )
+            results = predictor.encode(runs, step, work.settings.n_threads)
+            for chain, run, result in zip(mine, runs, results, strict=True):
+                if result is None:
+                    made |= self._encode_exactly(chain)
+                    continue
+                for key, (_, _, keys_here, _), (payload, error, power) in zip(
+                    chain, run, result, strict=True
+                ):
+                    entry = self._entry(key, keys_here)
+                    entry = entry._replace(payload_bytes=len(payload))
+                    made[key] = (Encoded(entry, payload, error, power),)
+        return made
+
+    def _encode_exactly(self, chain: Sequence[_Key]) -> dict[_Key, tuple[Encoded, ...]]:
+        """Encode K and V of a chain's blocks as `exact`, two blocks in place of each."""
+        made = {}
+        for key in chain:
+            parts = self._encode([("exact", kv, key[2], -1, key[4], 0.0) for kv in (KEY, VALUE)])
+            made[key] = tuple(block for blocks in parts.values() for block in blocks)
+        return made
+
+    def _encode(self, keys: Sequence[_Key]) -> dict[_Key, tuple[Encoded, ...]]:
+        chained = [key for key in keys if key[0] == "predict"]
+        if chained:
+            plain = [key for key in keys if key[0] != "predict"]
+            return self._encode_chains(chained) | self._encode(plain)
         jobs, entries = [], []
-        for codec, kv, lower, upper, start in keys:
+        for key in keys:
+            codec, kv, lower, upper, start, _ = key
             end = next(e for s, e in self.runs(lower, kv) if s == start)
             tensors = tuple(
                 self.tensor(layer, kv, start, end) for layer in (lower, upper) if layer >= 0
             )
-            n_batch, n_heads, n_tokens, head_dim = tensors[0].shape
             jobs.append((CODECS[codec], kv, tensors))
-            entries.append(
-                Entry(
-                    kind=_BLOCK,
-                    codec=CODECS[codec],
-                    kv=kv,
-                    dtype=DTYPE_NUMBERS[dtype_name(tensors[0])],
-                    layer_lower=lower,
-                    layer_upper=upper,
-                    n_batch=n_batch,
-                    n_heads=n_heads,
-                    head_dim=head_dim,
-                    token_start=start,
-                    n_tokens=n_tokens,
-                    offset=0,
-                    payload_bytes=0,
-                    payload_crc32c=0,
-                )
-            )
+            entries.append(self._entry(key, tensors[0]))
         results = _core.encode_blocks(jobs, self.work.settings.n_threads)
         return {
-            key: Encoded(
-                entry._replace(codec=used, payload_bytes=len(payload)), payload, error, power
+            key: (
+                Encoded(
+                    entry._replace(codec=used, payload_bytes=len(payload)), payload, error, power
+                ),
             )
             for key, entry, (payload, used, error, power) in zip(
                 keys, entries, results, strict=True
@@ -236,7 +347,7 @@ class Encoder:
             some = keys[start : start + _BLOCKS_AT_ONCE]
             made = self._encode([key for key in some if key not in self.blocks])
             for key in some:
-                block = made.get(key) or self.blocks[key]
+                (block,) = made.get(key) or self.blocks[key]
                 total = sums.setdefault((block.entry.layer_lower, block.entry.kv), [0.0, 0.0, 0])
                 total[0] += block.error
                 total[1] += block.power

@@ -43,6 +43,8 @@ _MAX_SEGMENTS = 1 << 16
 MAX_GENERATION = 1 << 53
 
 DTYPE_NUMBERS = {"float32": 1, "float16": 2, "bfloat16": 3}
+# The `kv` of a block that holds K and V of a layer.
+BOTH = 2
 _LAYER_KINDS = ("full", "sliding", "none")
 
 
@@ -74,9 +76,19 @@ class Entry(NamedTuple):
         """The one or two layers that a block holds."""
         return (self.layer_lower,) if self.layer_upper < 0 else (self.layer_lower, self.layer_upper)
 
+    @property
+    def layer_of_view(self) -> tuple[int, ...]:
+        """The layer of each array that decoding fills: both of a pair, or K and V of one."""
+        return self.layers * 2 if self.kv == BOTH else self.layers
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """What of a layer a block holds: K (0), V (1), or both."""
+        return (0, 1) if self.kv == BOTH else (self.kv,)
+
     def holds(self, layer: int, kv: int) -> bool:
-        """Whether this is a block of a layer's K (0) or V (1), alone or in a pair."""
-        return self.kv == kv and layer in (self.layer_lower, self.layer_upper)
+        """Whether this block has a layer's K (0) or V (1), alone, in a pair, or both."""
+        return kv in self.kinds and layer in (self.layer_lower, self.layer_upper)
 
     def arrays_for(self, layer: int, array: Any) -> tuple[Any, ...]:
         """Return what decoding takes to write one layer into `array` and skip its partner."""
@@ -539,8 +551,9 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
     ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, entry in enumerate(entries):
         for layer in entry.layers:
-            _check_shape(entry, i, layer, manifest)
-            ranges.setdefault((layer, entry.kv), []).append((entry.token_start, entry.n_tokens))
+            for kv in entry.kinds:
+                _check_shape(entry, i, layer, kv, manifest)
+                ranges.setdefault((layer, kv), []).append((entry.token_start, entry.n_tokens))
     token_ends = {max(start + n for start, n in spans) for spans in ranges.values()}
     token_end = max(token_ends, default=0)
     if token_end < info.token_start + info.n_tokens:
@@ -577,14 +590,14 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
             )
 
 
-def _check_shape(entry: Entry, index: int, layer: int, manifest: Manifest) -> None:
+def _check_shape(entry: Entry, index: int, layer: int, kv: int, manifest: Manifest) -> None:
     if layer >= len(manifest.layers):
         raise FormatError(
             f"entry {index}: layer is {layer} but the model has {len(manifest.layers)}"
         )
     layout = manifest.layers[layer]
-    head_dim = layout.value_head_dim if entry.kv else layout.key_head_dim
-    dtype = DTYPE_NUMBERS[layout.value_dtype if entry.kv else layout.key_dtype]
+    head_dim = layout.value_head_dim if kv else layout.key_head_dim
+    dtype = DTYPE_NUMBERS[layout.value_dtype if kv else layout.key_dtype]
     found = (entry.n_batch, entry.n_heads, entry.head_dim, entry.dtype)
     wanted = (manifest.n_batch, layout.n_kv_heads, head_dim, dtype)
     if layout.kind == "none" or found != wanted:

@@ -131,6 +131,7 @@ def open_cache(
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
         know_model(cache.costs, model)
+        cache.find_profile = getattr(store, "find_profile", None)
         cache.handle = attach(model)
         if arrival is not None:
             arrival.fill(cache)
@@ -186,7 +187,9 @@ class _Arrival:
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
-        self.source = source = Source(conversation, manifest, settings, book)
+        self.source = source = Source(
+            conversation, manifest, settings, book, getattr(conversation.store, "find_profile", None)
+        )
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}
         try:

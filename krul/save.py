@@ -17,6 +17,7 @@ import torch
 from . import _core, guard
 from .cache import Cache
 from .compressor import CODECS, MAX_BLOCK_TOKENS
+from .costs import CostBook
 from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
@@ -24,12 +25,15 @@ from .history import Snapshot
 from .manifest import DTYPE_NUMBERS
 from .model import layer_classes
 from .plan import plan
+from .predictor import make_predictor
 from .reports import SaveReport
 from .source import starts_by_layer, whole_blocks
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
-from .strategy import strategies, summary
+from .strategy import find_predicted, strategies, summary
 
 __all__ = ["save_cache"]
+
+_PREDICT = CODECS["predict"]
 
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
@@ -102,6 +106,8 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
         created_s=cache.created_s,
         similarity=similarity,
         similarity_reason=reason,
+        profile=cache.profile,
+        find_profile=cache.find_profile,
     )
 
 
@@ -116,9 +122,16 @@ class _Decoder:
         self.new = [(block.entry, block.payload) for block in encoded]
         self.memory: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self.stored: list[tuple[int, list[Entry]]] = []
+        self.predictors: list[_core.Predict | None] = []  # of the stored segments, then of the new
+        self.decoded: set[int] = set()  # layers whose predicted blocks are in memory
         try:
             for segment in work.segments:
                 self.stored.append(work.conversation.open_segment(segment))
+                self.predictors.append(self._predictor(segment.strategy.get("profile")))
+            is_predicted = any(entry.codec == _PREDICT for entry, _ in self.new)
+            self.predictors.append(
+                self._predictor(work.profile.digest if is_predicted and work.profile else None)
+            )
         except BaseException:
             self.close()
             raise
@@ -128,6 +141,17 @@ class _Decoder:
         for fd, _ in self.stored:
             os.close(fd)
         self.stored = []
+
+    def _predictor(self, digest: str | None) -> _core.Predict | None:
+        work = self.work
+        if digest is None:
+            return None
+        if work.profile is not None and work.profile.digest == digest:
+            profile = work.profile
+        else:
+            assert work.find_profile is not None
+            profile = work.find_profile(digest)
+        return make_predictor(profile, work.positions(), n_batch=work.n_batch)
 
     def layer(self, layer: int, n_before: int) -> guard.KeysAndValues:
         """Keys and values of the tokens before position `n_before` that the layer would hold."""
@@ -141,43 +165,55 @@ class _Decoder:
                 sources.append([(entry, fd) for entry in entries if entry.token_start < end])
                 n_dropped = max(n_dropped, segment.n_dropped(layer))
         sources.append(self.new)
-        tensors = tuple(
-            self._tensor(layer, kv, state, sources, n_dropped)[:, :, : n_before - state.token_start]
-            for kv in (KEY, VALUE)
-        )
-        return tensors[KEY], tensors[VALUE]
-
-    def _tensor(
-        self,
-        layer: int,
-        kv: int,
-        state: Layer,
-        sources: list[list[tuple[Entry, Any]]],
-        n_dropped: int,
-    ) -> torch.Tensor:
-        like = state.tensors[kv]
+        predictors = self.predictors if state.kind == "full" else self.predictors[-1:]
         mine = [
-            [(entry, where) for entry, where in source if entry.holds(layer, kv)]
+            [(entry, where) for entry, where in source if layer in entry.layers]
             for source in sources
         ]
         n_room = max(e.token_start + e.n_tokens for source in mine for e, _ in source)
+        outs = [self._room(kv, state, n_room) for kv in (KEY, VALUE)]
+        for source, predictor in zip(mine, predictors, strict=True):
+            # In this order: a cropped segment's tail is overwritten by the next.
+            self._decode(layer, source, predictor, outs, state.token_start)
+        for out, like in zip(outs, state.tensors, strict=True):
+            # What is not stored comes back exact: it is computed again.
+            out[:, :, :n_dropped] = like[:, :, :n_dropped]
+        keys, values = (out[:, :, : n_before - state.token_start] for out in outs)
+        return keys, values
+
+    def _room(self, kv: int, state: Layer, n_room: int) -> torch.Tensor:
+        """Return memory for a layer's K or V; two layers of one shape take turns in it."""
+        like = state.tensors[kv]
         shape = (like.shape[0], like.shape[1], n_room - state.token_start, like.shape[3])
-        # Two layers of one shape take turns in one memory.
         out = self.memory.get((kv, shape, like.dtype))
         if out is None:
             out = self.memory[kv, shape, like.dtype] = torch.empty(shape, dtype=like.dtype)
-        for source in mine:  # in this order: a cropped segment's tail is overwritten by the next
-            jobs = []
-            for entry, where in source:
-                is_new = isinstance(where, bytes)
-                payload = where if is_new else _core.store_read_payload(where, entry)
-                first = entry.token_start - state.token_start
-                view = out[:, :, first : first + entry.n_tokens]
-                jobs.append((entry.codec, kv, payload, entry.arrays_for(layer, view)))
-            _core.decode_blocks(jobs, self.work.settings.n_threads)
-        # What is not stored comes back exact: it is computed again.
-        out[:, :, :n_dropped] = like[:, :, :n_dropped]
         return out
+
+    def _decode(
+        self,
+        layer: int,
+        source: list[tuple[Entry, Any]],
+        predictor: _core.Predict | None,
+        outs: list[torch.Tensor],
+        token_start: int,
+    ) -> None:
+        jobs: list[Any] = []
+        runs: list[Any] = []
+        for entry, where in source:
+            payload = where if isinstance(where, bytes) else _core.store_read_payload(where, entry)
+            first = entry.token_start - token_start
+            views = [out[:, :, first : first + entry.n_tokens] for out in outs]
+            if entry.codec == _PREDICT:
+                place = (layer, entry.token_start, entry.n_tokens)
+                runs.append([(*place, payload, views[KEY], views[VALUE])])
+            else:
+                arrays = entry.arrays_for(layer, views[entry.kv])
+                jobs.append((entry.codec, entry.kv, payload, arrays))
+        _core.decode_blocks(jobs, self.work.settings.n_threads)
+        if runs:
+            assert predictor is not None
+            predictor.decode(runs, self.work.settings.n_threads)
 
 
 def _n_guard(work: Work) -> int:
@@ -243,13 +279,34 @@ def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
 
 
 def _select(
-    work: Work, seconds: dict[str, float], notes: list[str]
+    work: Work, book: CostBook, seconds: dict[str, float], notes: list[str]
 ) -> tuple[Strategy, list[Encoded], guard.Verdict]:
     """Encode with the coarsest strategy that the guard accepts."""
     settings = work.settings
     encoder = Encoder(work)
     n_guard = _n_guard(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
+    if settings.codec in ("auto", "predict") and (n_guard > 0 or not settings.guard_tokens):
+
+        def measure(strategy: Strategy) -> tuple[list[Encoded], guard.Verdict]:
+            started = time.perf_counter()
+            encoded = encoder.encode(strategy)
+            seconds["encode"] += time.perf_counter() - started
+            started = time.perf_counter()
+            verdict = _measure(work, encoded, n_guard)
+            seconds["guard"] += time.perf_counter() - started
+            book.add_divergence(strategy.profile, strategy.step, verdict.mean_kl)
+            return encoded, verdict
+
+        if settings.guard_tokens:
+            first = (
+                None
+                if work.profile is None
+                else book.step_for(work.profile.digest, 0.5 * settings.max_kl)
+            )
+            found = find_predicted(encoder, notes, first, measure)
+            if found is not None:
+                return found
     candidates = strategies(encoder, notes)
     encoded: list[Encoded] = []
     while True:
@@ -297,11 +354,14 @@ def _dropped(cache: Cache, work: Work, encoded: list[Encoded], notes: list[str])
     rate = settings.max_read_bytes_per_s or book.read_bytes_per_s
     costs = None
     if rate:
+        if any(entry.codec == _PREDICT for entry in entries):
+            notes.append("all tokens are stored: those of deeper layers are predicted from them")
+            return ()
         blocks = []
         for entry in entries:
             n_values = entry.n_batch * entry.n_heads * entry.n_tokens * entry.head_dim
-            element = work.layers[entry.layer_lower].tensors[entry.kv].element_size()
-            n_bytes = len(entry.layers) * n_values * element
+            element = work.layers[entry.layer_lower].tensors[entry.kinds[0]].element_size()
+            n_bytes = len(entry.layer_of_view) * n_values * element
             blocks.append((entry.layers, entry.codec, entry.payload_bytes, n_bytes))
         costs = book.plan_costs(
             len(work.layers),
@@ -319,7 +379,9 @@ def _dropped(cache: Cache, work: Work, encoded: list[Encoded], notes: list[str])
     shape = {"mixed": "auto", "load": "load"}.get(settings.restore, settings.restore)
     planned = plan(costs, work.n_tokens, 0, shape=shape)
     kinds = [layout.kind for layout in work.layouts]
-    starts = starts_by_layer((x, e.kv, e.token_start) for e in entries for x in e.layers)
+    starts = starts_by_layer(
+        (x, kv, e.token_start) for e in entries for x in e.layers for kv in e.kinds
+    )
     # The last block always stays: a segment says by its blocks where it ends.
     most = [min(n, work.n_tokens - 1) for n in planned.n_recomputed_by_layer]
     return tuple(whole_blocks(most, kinds, starts, work.n_tokens))
@@ -381,7 +443,7 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     work = _prepare(cache, snapshot)
     seconds["estimate"] = time.perf_counter() - started
     if work.n_new_tokens > 0:
-        strategy, encoded, verdict = _select(work, seconds, notes)
+        strategy, encoded, verdict = _select(work, cache.costs, seconds, notes)
     else:
         strategy = Encoder(work).uniform("exact")
         encoded, verdict = [], guard.Verdict(math.nan, math.nan, math.nan, 0)

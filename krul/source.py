@@ -22,18 +22,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _core
-from .compressor import MAX_BLOCK_TOKENS
+from . import _core, blas
+from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import UNKNOWN_DECODE_BYTES_PER_S, CostBook, ForwardCost
-from .errors import CorruptionError, FormatError, UnsupportedModelError
-from .manifest import Entry, LayerLayout, Manifest, SegmentInfo
+from .errors import CorruptionError, FormatError, KrulError, UnsupportedModelError
+from .manifest import BOTH, Entry, LayerLayout, Manifest, SegmentInfo
 from .meet import Block, columns_between, meet
 from .plan import Costs, Plan, plan
+from .predictor import make_predictor
+from .profile import Profile
 from .reports import RestoreReport
 from .settings import Settings
 from .store import ConversationFiles
 
 __all__ = ["KeysAndValues", "Source", "decode_windows", "starts_by_layer", "whole_blocks"]
+
+_PREDICT = CODECS["predict"]
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -106,6 +110,8 @@ class Source:
     settings : Settings
     costs : CostBook, optional
         What was measured of this model and store; what this restore measures is added.
+    find_profile : callable, optional
+        Returns the profile of a digest; what it raises makes the segment count as damaged.
 
     Attributes
     ----------
@@ -119,6 +125,7 @@ class Source:
         manifest: Manifest,
         settings: Settings,
         costs: CostBook | None = None,
+        find_profile: Callable[[str], Profile] | None = None,
     ) -> None:
         self.manifest, self.settings = manifest, settings
         self.costs = CostBook(None, "unknown") if costs is None else costs
@@ -129,6 +136,7 @@ class Source:
         self._starts: dict[int, set[int]] = {}  # where their blocks begin, by layer
         self._begun: list[_Step] = []  # those of the first restore, in its order
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
+        self._profiles: dict[int, Profile] = {}  # of the segments that need one, by file
         self._opened = self._begun_at = time.perf_counter()
         self._open_s = self._recompute_s = self._recompute_begin_s = 0.0
         self._plan: Plan | None = None
@@ -142,6 +150,13 @@ class Source:
                 fd, entries = conversation.open_segment(segment, manifest)
             except (CorruptionError, FormatError, OSError) as error:
                 self.problems.append(str(error))
+                break
+            try:
+                if any(entry.codec == _PREDICT for entry in entries):
+                    self._profiles[fd] = _profile_of(segment, find_profile)
+            except (KrulError, OSError, LookupError, ValueError, NotImplementedError) as error:
+                os.close(fd)
+                self.problems.append(f"{segment.file} needs a profile: {error}")
                 break
             self._files.append((segment, fd, entries))
         self._n_tokens = self.n_tokens
@@ -158,6 +173,7 @@ class Source:
 
     def _drop_files(self, n_kept: int) -> None:
         for _, fd, _ in self._files[n_kept:]:
+            self._profiles.pop(fd, None)
             os.close(fd)
         del self._files[n_kept:]
 
@@ -241,7 +257,7 @@ class Source:
         if self.settings.restore != "recompute":
             self._begun = steps
         self._begun_at = time.perf_counter()
-        self._begin([(step.fd, None, step.entry, step.views) for step in self._begun])
+        self._begin([(step, step.views) for step in self._begun])
         self._open_s = time.perf_counter() - self._opened
 
     def _turn(self, step: _Step, n_by_layer: list[int]) -> tuple[int, int, int]:
@@ -256,15 +272,28 @@ class Source:
             return 0, needed[0], step.token_start
         return 1, -step.token_start, -step.layers[-1]
 
-    def _begin(self, steps: list[Any]) -> None:
+    def _begin(self, steps: list[tuple[_Step, tuple[torch.Tensor | None, ...]]]) -> None:
+        # What was decoded of a chain belongs to one restore.
+        predictors = {
+            fd: make_predictor(profile, self._positions(), n_batch=self.manifest.n_batch)
+            for fd, profile in self._profiles.items()
+        }
         self._restores.append(
             _core.Restore(
-                steps,
+                [
+                    (step.fd, None, step.entry, views, predictors.get(step.fd))
+                    for step, views in steps
+                ],
                 len(self.manifest.layers),
                 self.settings.n_threads,
                 max_bytes_per_s=self.settings.max_read_bytes_per_s,
             )
         )
+
+    def _positions(self) -> np.ndarray:
+        if self.manifest.positions is None:
+            return np.arange(self.manifest.n_tokens)
+        return self.manifest.positions
 
     # ---- what is recomputed ----------------------------------------------------------------------
 
@@ -359,6 +388,7 @@ class Source:
             and self._begun
             and not any(self._dropped)
             and self._n_tokens == self.n_tokens
+            and not self._profiles
         )
         common = set.intersection(*self._starts.values()) if self._starts else set()
         if not can_adapt or forward is None or not common:
@@ -372,10 +402,11 @@ class Source:
         for step in self._steps:
             views = tuple(
                 view if step.token_end <= n_by_layer[layer] else None
-                for layer, view in zip(step.layers, step.views, strict=True)
+                for layer, view in zip(step.entry.layer_of_view, step.views, strict=True)
             )
-            if any(view is not None for view in views):
-                again.append((step.fd, None, step.entry, views))
+            # What is in already may be needed to predict what is not.
+            if step.entry.codec == _PREDICT or any(view is not None for view in views):
+                again.append((step, views))
         self._begin(again)
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
@@ -446,6 +477,8 @@ class Source:
                 n_layers, linear_s_per_token=1e-3 / n_layers, read_s=1e-3 * n_tokens / n_layers
             )
         shapes = {"mixed": ("uniform", "pyramid", "step"), "load": ("auto",)}.get(wanted, (wanted,))
+        if self._profiles and wanted in ("auto", "mixed"):
+            shapes = ("uniform",)  # deeper layers are predicted from all of the shallower ones
         plans = [
             plan(
                 costs,
@@ -719,9 +752,17 @@ class _Meeting:
         return blocks, there
 
 
+def _profile_of(segment: SegmentInfo, find: Callable[[str], Profile] | None) -> Profile:
+    digest = segment.strategy.get("profile")
+    if find is None or not isinstance(digest, str):
+        raise LookupError(f"{digest!r} cannot be looked up")
+    blas.find()
+    return find(digest)
+
+
 def _starts_by_layer(steps: Iterable[_Step]) -> dict[int, set[int]]:
     return starts_by_layer(
-        (x, step.entry.kv, step.token_start) for step in steps for x in step.layers
+        (x, kv, step.token_start) for step in steps for x in step.layers for kv in step.entry.kinds
     )
 
 
@@ -781,7 +822,10 @@ def _step_of(
         return None
     stop = min(end, entry.token_start + entry.n_tokens)
     n_tokens = stop - entry.token_start
-    views = tuple([buffers[x][entry.kv].narrow(2, entry.token_start, n_tokens) for x in layers])
+    whole = (
+        buffers[layers[0]] if entry.kv == BOTH else tuple([buffers[x][entry.kv] for x in layers])
+    )
+    views = tuple([out.narrow(2, entry.token_start, n_tokens) for out in whole])
     # All of a block's views have one shape and dtype.
     view_bytes = views[0].numel() * views[0].element_size()
     return _Step(

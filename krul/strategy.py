@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import _core, selector
+from . import _core, blas, selector
 from .compressor import CODECS
-from .encode import KEY, VALUE, Encoder, Strategy, Work
+from .encode import KEY, VALUE, Encoded, Encoder, Strategy, Work
+from .guard import Verdict
 
-__all__ = ["strategies", "summary"]
+__all__ = ["Tried", "find_predicted", "strategies", "summary"]
+
+#: A strategy, its blocks, and what the guard measured of it.
+Tried = tuple[Strategy, list[Encoded], Verdict]
 
 # Sharing is tried by itself only where a sample of the tokens shows it to cost no more than int4.
 _SHARE_SAMPLE_TOKENS = 512
+
+# The step of codec predict is sought so that the guard's divergence is near this part of what is
+# allowed, and is taken up to the second: the next tokens are others than the guard's.
+_AIM, _MOST = 0.5, 0.7
+# A step that reaches this part is coarse enough: another try costs an encoding and a forward pass.
+_ENOUGH = 0.35
+_MAX_TRIES = 5
+# Before anything was measured of a model.
+_FIRST_STEP = 0.5
+_STEP_RANGE = (0.02, 8.0)
 
 
 def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
@@ -69,12 +83,83 @@ def _pairs_worth_sharing(
     return tuple(pair for pair in pairs if good[pair])
 
 
+def find_predicted(
+    encoder: Encoder,
+    notes: list[str],
+    first_step: float | None,
+    measure: Callable[[Strategy], tuple[list[Encoded], Verdict]],
+) -> Tried | None:
+    """Find the coarsest step of codec predict that the guard accepts.
+
+    A unit of error costs the same in every layer, in K and in V, once they are weighted by the
+    profile, so that one step for all is the least bytes for a given divergence: the multiplier of a
+    rate-distortion choice. The divergence grows with its square, which is how the next one is
+    guessed.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    notes : list of str
+        What is found out is added.
+    first_step : float or None
+        Where to begin.
+    measure : callable
+        Encodes with a strategy, and runs the guard.
+
+    Returns
+    -------
+    (Strategy, list of Encoded, Verdict) or None
+        None where the codec cannot be used, or no step was accepted.
+    """
+    settings = encoder.work.settings
+    if encoder.work.profile is None:
+        if settings.codec == "predict":
+            notes.append("no profile of this model is known: see krul calibrate")
+        return None
+    if not encoder.predicted_layers():
+        notes.append("the profile has no layer that is cached whole")
+        return None
+    try:
+        blas.find()
+    except (NotImplementedError, ValueError) as error:
+        notes.append(f"predict cannot be used: {error}")
+        return None
+    step = min(max(first_step or _FIRST_STEP, _STEP_RANGE[0]), _STEP_RANGE[1])
+    best: Tried | None = None
+    refused = math.inf
+    for _ in range(_MAX_TRIES):
+        encoded, verdict = measure(encoder.predicted(step))
+        divergence = max(verdict.mean_kl, 1e-12)
+        guessed = step * math.sqrt(_AIM * settings.max_kl / divergence)
+        accepts = verdict.accepts(settings.max_kl, settings.min_top1)
+        if accepts and verdict.mean_kl <= _MOST * settings.max_kl:
+            best = encoder.predicted(step), encoded, verdict
+            if verdict.mean_kl >= _ENOUGH * settings.max_kl or step >= _STEP_RANGE[1]:
+                break
+            following = min(guessed, 2 * step, _STEP_RANGE[1])
+            if following >= refused:
+                following = math.sqrt(step * refused)
+            if following < 1.1 * step:
+                break
+        else:
+            refused = step
+            following = min(guessed, 0.8 * step)
+            if best is not None and following < 1.1 * best[0].step:
+                break
+            if following < _STEP_RANGE[0]:
+                break
+        step = following
+    if best is None:
+        notes.append(f"predict refused down to a step of {refused:.3g}")
+    return best
+
+
 def strategies(encoder: Encoder, notes: list[str]) -> Iterator[Strategy]:
     """Yield what may be tried, each finer than the one before; the last is exact."""
     work = encoder.work
     wanted = work.settings.codec
     exact, int8, int4 = (encoder.uniform(codec) for codec in ("exact", "int8", "int4"))
-    if wanted == "auto":
+    if wanted in ("auto", "predict"):
         encoder.encode(int4)  # of what is tried first, at least a part is this
         int4_errors = encoder.errors("int4")
         pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), int4_errors)
