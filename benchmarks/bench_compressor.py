@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import harness
 from krul import _core
-from krul.compressor import CODECS
+from krul.compressor import BLOCK_CODECS as CODECS
 
 COLUMNS = [
     ("where", "where", ""),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import _core, backends
-from .compressor import CODECS
+from .compressor import BLOCK_CODECS, CODECS
 from .costs import cost_books
 
 __all__ = ["costs", "costs_to_text", "run", "to_text"]
@@ -66,7 +66,7 @@ def run(*, is_quick: bool = False) -> dict[str, Any]:
             np.copyto(out, block)
 
     rows = []
-    for codec, number in CODECS.items():
+    for codec, number in BLOCK_CODECS.items():
         n_arrays = 2 if codec.startswith("share") else 1
         groups = range(0, len(blocks), n_arrays)
         jobs = [(number, 0, tuple(blocks[i : i + n_arrays])) for i in groups]

@@ -34,6 +34,7 @@ from . import _core
 from .errors import DTypeError, ShapeError
 
 __all__ = [
+    "BLOCK_CODECS",
     "CODECS",
     "GROUP_TOKENS",
     "MAX_BLOCK_BYTES",
@@ -56,6 +57,11 @@ MAX_BLOCK_BYTES = 4 * 1024 * 1024
 #: Most tokens in a block: a block is read whole, so this is how finely a restore can divide a layer
 #: into what is recomputed and what is loaded.
 MAX_BLOCK_TOKENS = 512
+
+#: Those that code blocks one by one; `predict` codes chains of layers with a profile.
+BLOCK_CODECS: dict[str, int] = {
+    name: number for name, number in CODECS.items() if name != "predict"
+}
 
 _NAMES = {number: name for name, number in CODECS.items()}
 _KV = {"key": 0, "value": 1}
@@ -116,7 +122,7 @@ def compress(codec: str, kv: str, *arrays: Any) -> Block:
     Parameters
     ----------
     codec : str
-        One of `CODECS`.
+        One of `BLOCK_CODECS`.
     kv : str
         ``"key"`` or ``"value"``: which way groups of codes run.
     *arrays : array
@@ -151,7 +157,7 @@ def compress(codec: str, kv: str, *arrays: Any) -> Block:
     >>> bool(abs(back - keys).max() < 0.03)
     True
     """
-    _check_name("codec", codec, CODECS)
+    _check_name("codec", codec, BLOCK_CODECS)
     _check_name("kv", kv, _KV)
     ((payload, used, error, power),) = _core.encode_blocks([(CODECS[codec], _KV[kv], arrays)], 1)
     shape = tuple(int(extent) for extent in arrays[0].shape)

@@ -187,9 +187,8 @@ class _Arrival:
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
-        self.source = source = Source(
-            conversation, manifest, settings, book, getattr(conversation.store, "find_profile", None)
-        )
+        find_profile = getattr(conversation.store, "find_profile", None)
+        self.source = source = Source(conversation, manifest, settings, book, find_profile)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}
         try:

@@ -18,7 +18,8 @@ from reference import compressor_reference as reference
 
 import krul
 from krul import _core
-from krul.compressor import CODECS, Block, compress, decompress, token_runs
+from krul.compressor import BLOCK_CODECS as CODECS
+from krul.compressor import Block, compress, decompress, token_runs
 
 KEY, VALUE = 0, 1
 KV = ("key", "value")
