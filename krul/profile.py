@@ -37,6 +37,11 @@ PROFILE_VERSION = 1
 # Frequency tables: symbol 0 to 254 is the integer -127 to 127, symbol 255 anything beyond.
 N_SYMBOLS = 256
 TABLE_TOTAL = 4096
+_ZERO, _ESCAPE = 127, 255
+# Symbols that are expected less often than this in 4096 are escapes. Keeping one of frequency 1 that
+# occurs e times in 4096 takes 1.44 (1 - e) bits from all others and saves 8 e: an escape is 12 bits,
+# like any symbol of frequency 1, and a byte.
+_LEAST_KEPT = 0.2
 # The standard deviation, in steps, that each table is for: three to an octave.
 TABLE_SCALES = 2.0 ** ((np.arange(34) - 15) / 3)
 
@@ -162,8 +167,9 @@ class Profile:
         float64 [2, n_layers]: what the error of K, and of V, of a layer alone costs; 0 for layers
         that take no part.
     tables : numpy.ndarray
-        uint16 [len(TABLE_SCALES), 256], each row with the sum 4096 and no 0: how often each integer
-        occurs among coefficients with a standard deviation near ``TABLE_SCALES`` steps.
+        uint16 [len(TABLE_SCALES), 256], each row with the sum 4096: how often each integer occurs
+        among coefficients with a standard deviation near ``TABLE_SCALES`` steps. Those with a 0 are
+        written as symbol 255 is, whose frequency is at least 1.
     """
 
     def __init__(self, contents: bytes) -> None:
@@ -181,8 +187,7 @@ class Profile:
         self.rank: int | None = None if rank is None else an_int(rank, "rank", 1, 1 << 20)
         self.sensitivities = take(arrays, "sensitivities", "float64", (2, len(form.layers)))
         self.tables = take(arrays, "tables", "uint16", (len(TABLE_SCALES), N_SYMBOLS))
-        if self.tables.min() < 1 or (self.tables.sum(1, dtype=np.int64) != TABLE_TOTAL).any():
-            raise FormatError(f"a table holds a 0 or has another sum than {TABLE_TOTAL}")
+        _check_tables(self.tables)
         for index, layer in enumerate(form.layers):
             if layer is not None:
                 for name, (dtype, shape) in _stored(index, layer, self.rank).items():
@@ -559,8 +564,24 @@ def _placed(blocks: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
 # ---- frequency tables ----------------------------------------------------------------------------
 
 
+def _check_tables(tables: np.ndarray) -> None:
+    sums = tables.sum(1, dtype=np.int64)
+    if (sums != TABLE_TOTAL).any():
+        place = int(np.argmax(sums != TABLE_TOTAL))
+        raise FormatError(f"table {place} has the sum {sums[place]} but must have {TABLE_TOTAL}")
+    for place, frequency in enumerate(tables[:, _ESCAPE]):
+        if not 1 <= frequency < TABLE_TOTAL:
+            raise FormatError(
+                f"table {place} gives symbol {_ESCAPE} the frequency {frequency} but it must be 1 "
+                f"to {TABLE_TOTAL - 1}: any number may occur, and no symbol fills a table alone"
+            )
+
+
 def frequency_table(counts: np.ndarray) -> np.ndarray:
-    """Return counts of symbols as frequencies, uint16 with the sum 4096 and no 0.
+    """Return counts of symbols as frequencies, uint16 with the sum 4096.
+
+    Symbols that are too rare get 0, and what they count goes to the last one; that one and the
+    integer 0 have at least 1.
 
     Parameters
     ----------
@@ -574,12 +595,16 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
             "positive"
         )
     wanted = counts / counts.sum() * TABLE_TOTAL
+    is_kept = wanted >= _LEAST_KEPT
+    is_kept[[_ZERO, _ESCAPE]] = True
+    wanted[_ESCAPE] += wanted[~is_kept].sum()
+    wanted[~is_kept] = 0
     # What is raised to 1 is taken from the others in proportion, which may bring more below 1.
     is_raised = np.zeros(N_SYMBOLS, bool)
     while True:
         room = TABLE_TOTAL - is_raised.sum()
         scaled = np.where(is_raised, 1.0, wanted * (room / wanted[~is_raised].sum()))
-        more = ~is_raised & (scaled < 1)
+        more = is_kept & ~is_raised & (scaled < 1)
         if not more.any():
             break
         is_raised |= more
