@@ -176,6 +176,8 @@ class Cache(DynamicCache):
         self.partial_blocker = ""
         #: What forward passes and restores of this model cost here; what is measured is added.
         self.costs: Any = None
+        #: What the codec `predict` codes new tokens with; None where there is no profile.
+        self.profile: Any = None
         self._history: History | None = History()
         self._lost_reason = ""
         self._saved_ids: torch.Tensor | None = None
@@ -1079,6 +1081,7 @@ class Cache(DynamicCache):
             conversation=None,
             estimator=None,
             costs=None,
+            profile=None,
             handle=None,
             source=None,
             rollback=None,

@@ -248,11 +248,11 @@ def test_rank_is_spent_where_it_saves_bits(monkeypatch):
 
 
 @pytest.mark.parametrize(("n_parameters", "rank"), [(10**6, None), (20_000, 2), (1, 1)])
-def test_default_rank_holds_one_per_cent(n_parameters, rank):
+def test_small_rank_holds_one_per_cent(n_parameters, rank):
     # Whole maps: 3 * 16 * 16 = 768 numbers. Per rank: (1 + 1 + 2 + 1) * 16 = 80.
     moments, *_ = made_moments()
-    profile = solve(moments, {}, n_parameters)
-    assert profile.rank == rank
+    assert solve(moments, {}, n_parameters, rank="small").rank == rank
+    assert solve(moments, {}, n_parameters).rank is None
 
 
 @pytest.mark.parametrize("rank", [0, -1, WIDTH + 1, 1.5, True, "half"])
