@@ -314,7 +314,8 @@ typedef struct krul_entropy_tables krul_entropy_tables;
 enum { KRUL_ENTROPY_MAX_TABLES = 64, KRUL_ENTROPY_MAX_COLUMN_VALUES = 1 << 29 };
 
 /* 1 to KRUL_ENTROPY_MAX_TABLES tables, each of which must sum to 1 << KRUL_ENTROPY_PROBABILITY_BITS
- * and give symbol 255, which stands for whatever has no frequency, one of at least 1. */
+ * and give symbol 255, which stands for whatever has no frequency, one of at least 1. No frequency
+ * may be the whole sum: it would not fit a slot. */
 krul_status krul_entropy_tables_new(const krul_entropy_table *tables, int32_t n_tables,
                                     krul_entropy_tables **out, krul_error *err) KRUL_MUST_CHECK;
 

@@ -14,19 +14,20 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .errors import CorruptionError, FormatError
 
-__all__ = ["decode", "encode", "read_file", "write_file"]
+__all__ = ["decode", "encode", "peek", "read_file", "write_file"]
 
 _HEAD = struct.Struct("<8sII QQ")  # magic, version, reserved, bytes of the header, of the file
 _ALIGNMENT = 64
 _N_DIGEST = 32
 _DTYPES = ("float16", "float32", "float64", "uint16", "int64")
 _MAX_DIMENSIONS = 4
+_MAX_PEEKED_BYTES = 1 << 26
 
 
 def _aligned(n_bytes: int) -> int:
@@ -155,6 +156,37 @@ def _view(contents: bytes, first: int, name: Any, dtype: Any, shape: Any, place:
             f"array {name!r} ends at byte {place + count * little.itemsize} of {n_room}"
         )
     return np.frombuffer(contents, little, count, first + place).reshape(shape)
+
+
+def peek(file: BinaryIO, magic: bytes) -> tuple[int, dict[str, Any]]:
+    """Return version and header of a file without a look at the rest.
+
+    Nothing that it says is checked: good for choosing which file to read, and for nothing else.
+
+    Raises
+    ------
+    krul.FormatError, krul.CorruptionError
+        It is something else, or its header cannot be read.
+    """
+    head = file.read(_HEAD.size)
+    if not head.startswith(magic):
+        raise FormatError(f"the file begins with {head[:8]!r} but must with {magic!r}")
+    if len(head) < _HEAD.size:
+        raise CorruptionError(
+            f"the file has {len(head)} bytes but at least {_HEAD.size} are needed"
+        )
+    _, version, _, n_header, _ = _HEAD.unpack(head)
+    if n_header > _MAX_PEEKED_BYTES:
+        raise CorruptionError(
+            f"the header has {n_header} bytes but at most {_MAX_PEEKED_BYTES} are read"
+        )
+    try:
+        meta = json.loads(file.read(n_header), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"the header cannot be read: {error}") from None
+    if not isinstance(meta, dict):
+        raise FormatError("the header is no object")
+    return version, meta
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -177,8 +177,8 @@ class Cache(DynamicCache):
         self.ask_partial: Callable[[], str] = str
         #: What forward passes and restores of this model cost here; what is measured is added.
         self.costs: Any = None
+        #: What the codec `predict` codes new tokens with; None where there is no profile.
         self.profile: Any = None
-        self.find_profile: Any = None
         self._history: History | None = History()
         self._lost_reason = ""
         self._saved_ids: torch.Tensor | None = None
@@ -1092,6 +1092,7 @@ class Cache(DynamicCache):
             ask_partial=str,
             estimator=None,
             costs=None,
+            profile=None,
             handle=None,
             source=None,
             rollback=None,

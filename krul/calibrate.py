@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from .model import (
 )
 from .moments import ModelForm, Moments, an_int, model_form, take
 from .profile import (
+    MAX_PART,
     N_SYMBOLS,
     TABLE_SCALES,
     Profile,
@@ -42,6 +44,7 @@ from .profile import (
     laplace_counts,
     min_tokens,
     solve,
+    whole_maps,
 )
 from .rotary import rotate
 
@@ -373,6 +376,18 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r} but must be an integer from {low} to {high}")
 
 
+def _tell_size(form: ModelForm, n_weights: int) -> None:
+    n_maps = whole_maps(form)
+    if n_maps > MAX_PART * n_weights:
+        warnings.warn(
+            f"the profile's maps will take {2 * n_maps / 1e6:.1f} MB, which is "
+            f"{n_maps / n_weights:.1%} as many numbers as the model has; rank='small' keeps them "
+            f"to {MAX_PART:.0%} but costs compression, rank='full' says that this size is meant",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def fit(
     model: Any,
     tokenizer: Any,
@@ -401,6 +416,8 @@ def fit(
     pieces = _pieces(tokenizer, texts, max_tokens, longest, keep_first)
     _check_size(form, pieces, keep_first)
     choose_rank(form, rank, n_parameters(inner))  # refused now, not after minutes
+    if rank is None:
+        _tell_size(form, n_parameters(inner))
     key = {
         "model": form.fingerprint.exact,
         "texts": hashlib.sha256(json.dumps(pieces).encode()).hexdigest(),

@@ -6,6 +6,7 @@ Exit status: 0 good, 1 problems were found or something failed, 2 wrong use.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -70,11 +71,13 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         _print_json([info.to_dict() for info in infos])
         return GOOD
-    print(f"{'conversation':<40} {'tokens':>9} {'segments':>8} {'stored':>10}  updated")
+    heads = f"{'conversation':<40} {'tokens':>9} {'segments':>8} {'stored':>10}"
+    print(f"{heads}  {'updated':<16}  profile")
     for info in infos:
+        profiles = ", ".join(_shown(digest[:12]) for digest in info.profiles) or "-"
         print(
             f"{_shown(info.conversation_id):<40} {info.n_tokens:>9,} {info.n_segments:>8} "
-            f"{_bytes(info.stored_bytes):>10}  {_when(info.updated_s)}"
+            f"{_bytes(info.stored_bytes):>10}  {_when(info.updated_s):<16}  {profiles}"
         )
     return GOOD
 
@@ -90,6 +93,8 @@ def _inspect(options: argparse.Namespace) -> int:
             shown = _when(value)
         elif name.endswith("_bytes"):
             shown = f"{value:,} ({_bytes(value)})"
+        elif name == "profiles":
+            shown = ", ".join(_shown(digest, 64) for digest in value) or "none"
         elif isinstance(value, str):
             shown = _shown(value, 200)
         else:
@@ -122,7 +127,8 @@ def _gc(options: argparse.Namespace) -> int:
     else:
         print(
             f"removed {report.n_conversations_removed} conversations and {report.n_files_removed} "
-            f"files, {_bytes(report.removed_bytes)}; kept {_bytes(report.kept_bytes)}"
+            f"files, {report.n_profiles_removed} of them profiles, {_bytes(report.removed_bytes)}; "
+            f"kept {_bytes(report.kept_bytes)}"
         )
     return GOOD
 
@@ -187,10 +193,27 @@ def _texts(paths: Sequence[str]) -> list[str]:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    folder = os.path.dirname(os.path.abspath(options.out))
-    if not os.path.isdir(folder):  # found out now, not after minutes of work
-        raise _WrongUseError(f"--out is {options.out} but {folder} is no directory")
+    if options.out is None and options.store is None:
+        raise _WrongUseError("one of --out and --store is needed: where the profile goes")
+    if options.out is not None:
+        folder = os.path.dirname(os.path.abspath(options.out))
+        if not os.path.isdir(folder):  # found out now, not after minutes of work
+            raise _WrongUseError(f"--out is {options.out} but {folder} is no directory")
     texts = _texts(options.texts)
+    with contextlib.ExitStack() as stack:
+        store, checkpoint = None, f"{options.out}.checkpoint"
+        if options.store is not None:
+            store = stack.enter_context(_open_store(options))
+            if options.out is None:
+                from .profiles import checkpoint_path
+
+                checkpoint = checkpoint_path(store.path, (options.model, options.dtype))
+        return _fit_and_tell(options, texts, checkpoint, store)
+
+
+def _fit_and_tell(
+    options: argparse.Namespace, texts: list[str], checkpoint: str, store: Any
+) -> int:
     import transformers
 
     from .profile import Profile
@@ -202,21 +225,27 @@ def _calibrate(options: argparse.Namespace) -> int:
         model.eval(),
         tokenizer,
         texts,
-        checkpoint=f"{options.out}.checkpoint",
+        checkpoint=checkpoint,
         max_tokens=options.max_tokens,
         rank=options.rank,
     )
-    profile.save(options.out)
+    if options.out is not None:
+        profile.save(options.out)
+    if store is not None:
+        store.add_profile(profile)
     result = {
         "path": options.out,
+        "store": None if store is None else store.path,
         **profile.to_dict(),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if options.json:
         _print_json(result)
         return GOOD
+    places = [options.out] if options.out is not None else []
+    places += [f"store {store.path}"] if store is not None else []
     print(
-        f"{options.out}: {_bytes(profile.n_bytes)}, {result['n_layers_learned']} of "
+        f"{', '.join(places)}: {_bytes(profile.n_bytes)}, {result['n_layers_learned']} of "
         f"{result['n_layers']} layers from {profile.n_tokens:,} tokens in {result['seconds']:.0f} s"
     )
     maps = "whole" if profile.rank is None else f"of rank {profile.rank}"
@@ -228,7 +257,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _rank(words: str) -> int | str:
-    return words if words == "full" else int(words)
+    return words if words in ("full", "small") else int(words)
 
 
 # ---- the parser ----------------------------------------------------------------------------------
@@ -275,10 +304,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--out",
-        required=True,
         metavar="PATH",
         help="the profile; PATH.checkpoint holds what is done until it is there",
     )
+    command.add_argument(
+        "--store",
+        metavar="PATH",
+        help="install it in this store, for conversations of this model (with or without --out)",
+    )
+    command.set_defaults(tenant="default")
     command.add_argument(
         "--dtype", default="auto", help="that the model will be used in (default: %(default)s)"
     )
@@ -289,7 +323,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rank",
         type=_rank,
         metavar="N",
-        help="of the prediction maps, or 'full' (default: full, or what is 1 %% of the model)",
+        help="of the prediction maps, or 'full' (the default: 26.5 MB for SmolLM2-135M), or "
+        "'small': 1 %% of the model's size, which compresses 22 %% less",
     )
     add("ls", _ls, "list conversations")
     command = add("inspect", _inspect, "what is known of one conversation")

@@ -113,7 +113,10 @@ class RestoreReport(_Report):
 
 @dataclass(frozen=True)
 class ConversationInfo(_Report):
-    """One conversation in a store, as its manifest tells; nothing of the KV is read."""
+    """One conversation in a store, as its manifest tells; nothing of the KV is read.
+
+    ``profiles`` are the digests of those that its segments were coded with.
+    """
 
     conversation_id: str
     tenant: str
@@ -128,6 +131,7 @@ class ConversationInfo(_Report):
     dtype: str
     fingerprint: str
     guard: dict[str, Any] = field(default_factory=dict)
+    profiles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,10 @@ class Problem(_Report):
 
 @dataclass(frozen=True)
 class GcReport(_Report):
-    """What `Store.gc` removed."""
+    """What `Store.gc` removed; ``kept_bytes`` are those of the tenant's conversations."""
 
     n_conversations_removed: int
     n_files_removed: int
     removed_bytes: int
     kept_bytes: int
+    n_profiles_removed: int = 0

@@ -30,6 +30,7 @@ from .source import KeysAndValues, Source, decode_windows
 from .store import ConversationFiles, Manifest
 
 if TYPE_CHECKING:
+    from .profile import Profile
     from .store import Store
 
 __all__ = [
@@ -50,6 +51,9 @@ __all__ = [
     "recompute_prefix",
     "simulate",
 ]
+
+
+_CODECS_WITH_PROFILE = ("auto", "predict")
 
 
 def _roll_back(
@@ -77,7 +81,11 @@ def _roll_back(
 
 
 def open_cache(
-    store: Store, conversation_id: str, model: Any, settings: Settings | None = None
+    store: Store,
+    conversation_id: str,
+    model: Any,
+    settings: Settings | None = None,
+    profile: Profile | None = None,
 ) -> Cache:
     """Return the cache of a stored conversation; `Store.open` is this.
 
@@ -88,6 +96,8 @@ def open_cache(
     model : transformers model
         Asked what works with it; the first time costs a few forward passes of 24 tokens.
     settings : Settings, optional
+    profile : Profile, optional
+        None takes the newest of this model in the store, if there is one and a codec may use it.
 
     Returns
     -------
@@ -99,7 +109,7 @@ def open_cache(
     UnsupportedModelError
         krul cannot keep this model's state; the message says why and what to use instead.
     MismatchError
-        The conversation was written by another model.
+        The conversation was written by another model, or the profile is of another.
     FormatError
         The conversation is of a later version of the format.
 
@@ -127,11 +137,14 @@ def open_cache(
             raise UnsupportedModelError(capabilities.cache)
         if manifest is not None:
             check_fingerprint(_stored_fingerprint(manifest), present)
+        if profile is not None:
+            profile.check_fingerprint(present)
+        elif settings.codec in _CODECS_WITH_PROFILE:
+            profile = store.profiles.find(present)
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
-        know_model(cache.costs, model)
-        cache.find_profile = getattr(store, "find_profile", None)
+        cache.profile = profile
         cache.handle = attach(model)
         if arrival is not None:
             arrival.fill(cache)
@@ -187,7 +200,7 @@ class _Arrival:
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
-        find_profile = getattr(conversation.store, "find_profile", None)
+        find_profile = conversation.store.profiles.get
         self.source = source = Source(conversation, manifest, settings, book, find_profile)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}

@@ -107,7 +107,7 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
         similarity=similarity,
         similarity_reason=reason,
         profile=cache.profile,
-        find_profile=cache.find_profile,
+        find_profile=cache.conversation.store.profiles.get,
     )
 
 
@@ -464,6 +464,8 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
         if any(dropped):
             notes.append(f"the first {dropped[0]} to {min(dropped)} tokens are not stored")
     started = time.perf_counter()
+    if strategy.profile and work.profile is not None:
+        cache.conversation.store.profiles.keep(work.profile)
     result = _commit(work, strategy, encoded, verdict, dropped)
     seconds["commit"] = time.perf_counter() - started
     cache.created_s = result.manifest.created_s

@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -41,10 +42,12 @@ from .manifest import (
     encode_manifest,
     shown,
 )
+from .profiles import Profiles
 from .reports import ConversationInfo, GcReport, Problem
 
 if TYPE_CHECKING:
     from .cache import Cache
+    from .profile import Profile
     from .settings import Settings
 
 __all__ = [
@@ -723,6 +726,8 @@ class Store:
         self.path = self._find_root(location)
         self.tenant_path = os.path.join(self.path, tenant)
         _make_directory(self.tenant_path)
+        #: What was learned of models; a conversation names its profile by digest.
+        self.profiles = Profiles(self.path, self.tenant_path)
 
     def _find_root(self, location: str | os.PathLike[str]) -> str:
         text = os.fspath(location)
@@ -777,7 +782,7 @@ class Store:
         model: Any,
         *,
         settings: Settings | None = None,
-        profile: Any = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
     ) -> Cache:
         """Return the cache of a conversation, empty if there is none.
 
@@ -789,8 +794,10 @@ class Store:
             The model that the cache is for.
         settings : Settings or None
             None takes the defaults.
-        profile : None
-            For the ``predict`` codec, which this version does not have.
+        profile : Profile, path or None
+            What the codec ``predict`` codes new tokens with. None takes the newest of this model
+            that the store has, if any. What is stored already is read with the profile that it
+            names, whatever this one is.
 
         Returns
         -------
@@ -800,22 +807,45 @@ class Store:
         Raises
         ------
         MismatchError
-            The conversation is another model's.
+            The conversation is another model's, or the profile is.
         UnsupportedModelError
             krul cannot keep this model's cache.
         ValueError, TypeError
-            A bad id, or a profile.
+            A bad id, or something that is no profile.
+        FormatError, CorruptionError, OSError
+            The profile's file cannot be read.
         """
         self._check_open()
         check_conversation_id(conversation_id)
         if profile is not None:
-            raise ValueError(
-                f"profile is {shown(profile)} but must be None: profiles belong to the predict "
-                "codec, which this version does not have"
-            )
+            profile = _a_profile(profile)
         from .restore import open_cache
 
-        return open_cache(self, conversation_id, model, settings)
+        return open_cache(self, conversation_id, model, settings, profile)
+
+    def add_profile(self, profile: Profile | str | os.PathLike[str]) -> str:
+        """Add a profile for conversations of its model, of every tenant; returns its digest.
+
+        From then on `open` takes it, as the newest of its model. Conversations that were coded with
+        another one go on naming that: it stays as long as they are there.
+
+        Parameters
+        ----------
+        profile : Profile or path
+
+        Raises
+        ------
+        TypeError
+            It is something else.
+        FormatError, CorruptionError
+            The file is no profile, of another version, or damaged.
+        OSError
+            It cannot be read or written; the store is as it was.
+        """
+        self._check_open()
+        profile = _a_profile(profile)
+        self.profiles.add(profile)
+        return profile.digest
 
     def list(self) -> builtins.list[ConversationInfo]:
         """Return what is stored, the last saved first.
@@ -852,6 +882,8 @@ class Store:
     def verify(self, conversation_id: str | None = None) -> builtins.list[Problem]:
         """Read every byte of one conversation, or of all, and return what is wrong.
 
+        Profiles that a conversation names are part of it.
+
         Parameters
         ----------
         conversation_id : str or None
@@ -873,8 +905,9 @@ class Store:
             files = self.files(conversation_id)
             if not os.path.lexists(files.path):
                 raise KeyError(f"no conversation {shown(conversation_id)} in {self.tenant_path}")
-            return _verify(files, conversation_id)
+            return _verify(files, conversation_id, self.profiles.problem)
         problems = []
+        check_profile = functools.cache(self.profiles.problem)  # many conversations name one
         for path in self._directories():
             label = os.path.basename(path)
             try:
@@ -890,7 +923,7 @@ class Store:
             except (KrulError, OSError) as exception:
                 problems.append(Problem(label, _MANIFEST_NAME, str(exception), 0))
                 continue
-            problems += _verify(files, manifest.conversation_id)
+            problems += _verify(files, manifest.conversation_id, check_profile)
         return problems
 
     def delete(self, conversation_id: str) -> bool:
@@ -900,7 +933,9 @@ class Store:
     def gc(self) -> GcReport:
         """Remove conversations past ``ttl_s``, and what interrupted saves left behind.
 
-        Conversations that are being saved are passed over. Files that are not krul's stay.
+        Conversations that are being saved are passed over. Files that are not krul's stay. Of the
+        profiles those go that no conversation names and that are not the newest of their model; as
+        long as some conversation cannot be read, none.
         """
         self._check_open()
         now_s = time.time()
@@ -910,7 +945,14 @@ class Store:
             n_conversations += removed[0]
             n_files += removed[1]
             removed_bytes += removed[2]
-        return GcReport(n_conversations, n_files, removed_bytes, self.usage_bytes())
+        n_profiles, n_more, more_bytes = self._collect_profiles()
+        return GcReport(
+            n_conversations,
+            n_files + n_more,
+            removed_bytes + more_bytes,
+            self.usage_bytes(),
+            n_profiles,
+        )
 
     def usage_bytes(self) -> int:
         """Return the bytes of all files of the tenant's conversations."""
@@ -942,14 +984,22 @@ class Store:
         finally:
             _unlock(directory_fd, lock_fd)
 
-    def _directories(self) -> Iterator[str]:
-        with os.scandir(self.tenant_path) as found:
-            names = sorted(
-                item.name
+    def _collect_profiles(self) -> tuple[int, int, int]:
+        with os.scandir(self.path) as found:
+            tenants = [
+                item.path
                 for item in found
-                if _DIRECTORY_PATTERN.match(item.name) and item.is_dir(follow_symlinks=False)
-            )
-        return (os.path.join(self.tenant_path, name) for name in names)
+                if TENANT_PATTERN.fullmatch(item.name) and item.is_dir(follow_symlinks=False)
+            ]
+        named = {path: _names_of(path) for path in tenants}
+        own = named.get(self.tenant_path)
+        others = list(named.values())
+        everywhere = None if None in others else set().union(*(names[0] for names in others))
+        own_profiles, own_models = (None, None) if own is None else own
+        return self.profiles.collect(own_profiles, everywhere, own_models)
+
+    def _directories(self) -> Iterator[str]:
+        return iter(_directories_of(self.tenant_path))
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -1009,6 +1059,53 @@ def _read_manifest_of(path: str) -> Manifest | None:
             os.close(fd)
 
 
+def _directories_of(tenant_path: str) -> list[str]:
+    with os.scandir(tenant_path) as found:
+        names = sorted(
+            item.name
+            for item in found
+            if _DIRECTORY_PATTERN.match(item.name) and item.is_dir(follow_symlinks=False)
+        )
+    return [os.path.join(tenant_path, name) for name in names]
+
+
+def _a_profile(value: Any) -> Profile:
+    from .profile import Profile
+
+    if isinstance(value, Profile):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return Profile.load(os.path.expanduser(value))
+    raise TypeError(f"profile is {shown(value)} but must be a krul.Profile, a path or None")
+
+
+def _profiles_of(manifest: Manifest) -> dict[str, int]:
+    """Return the digests that a conversation names, each with the first token that needs it."""
+    found: dict[str, int] = {}
+    for segment in manifest.segments:
+        digest = segment.strategy.get("profile")
+        if isinstance(digest, str):
+            found.setdefault(digest, segment.token_start)
+    return found
+
+
+def _names_of(tenant_path: str) -> tuple[set[str], set[str]] | None:
+    """Return profiles and models that a tenant's conversations name, None if one does not tell."""
+    profiles: set[str] = set()
+    models: set[str] = set()
+    try:
+        for path in _directories_of(tenant_path):
+            manifest = _read_manifest_of(path)
+            if any(name.startswith(_DAMAGED_NAME) for name in os.listdir(path)):
+                return None
+            if manifest is not None:
+                profiles.update(_profiles_of(manifest))
+                models.add(manifest.fingerprint["exact"])
+    except (FormatError, CorruptionError, OSError):  # damaged, or deleted meanwhile
+        return None
+    return profiles, models
+
+
 def _info_of(manifest: Manifest, path: str) -> ConversationInfo:
     manifest_bytes = _file_sizes(path).get(_MANIFEST_NAME, 0)
     kept = [layer.key_dtype for layer in manifest.layers if layer.kind != "none"]
@@ -1026,10 +1123,15 @@ def _info_of(manifest: Manifest, path: str) -> ConversationInfo:
         dtype=kept[0] if kept else "none",
         fingerprint=manifest.fingerprint["exact"],
         guard=dict(manifest.segments[-1].guard) if manifest.segments else {},
+        profiles=tuple(_profiles_of(manifest)),
     )
 
 
-def _verify(files: ConversationFiles, label: str) -> list[Problem]:
+def _verify(
+    files: ConversationFiles,
+    label: str,
+    check_profile: Callable[[str], tuple[str, str] | None],
+) -> list[Problem]:
     """Check one conversation; several problems share the length of the good prefix."""
     found: list[tuple[str, str]] = []
     n_good_tokens = 0
@@ -1045,6 +1147,11 @@ def _verify(files: ConversationFiles, label: str) -> list[Problem]:
             if message is not None:
                 found.append((info.file, message))
                 n_good_tokens = min(n_good_tokens, info.token_start)
+        for digest, token_start in _profiles_of(manifest).items():
+            problem = check_profile(digest)
+            if problem is not None:
+                found.append(problem)
+                n_good_tokens = min(n_good_tokens, token_start)
     for name in sorted(_file_sizes(files.path)):
         if name.startswith(_DAMAGED_NAME):
             found.append((name, f"{os.path.join(files.path, name)}: kept from an earlier damage"))

@@ -127,8 +127,8 @@ def test_tables_are_counted(fitted):
     symbols = np.arange(255) - 127
     for scale, table in zip(TABLE_SCALES[9:25], fitted.tables[9:25], strict=True):
         spread = np.sqrt((table[:255] * symbols**2.0).sum() / table[:255].sum())
-        # What every symbol is at least adds (127 ** 2) / 3 * 255 / 4096 = 335 to the variance.
-        assert spread < 3 * scale + 19
+        assert spread < 3 * scale + 1
+        assert (table > 0).sum() < 256  # what hardly occurs is left out
         assert table[:127].tolist() == pytest.approx(table[254:127:-1].tolist(), abs=1)
     assert (fitted.tables != _default_tables()).any()
 

@@ -214,11 +214,15 @@ def test_arguments():
     with pytest.raises(TypeError, match="contiguous"):
         encode(values[:, ::2], tables, classes)
     zero = tables.copy()
-    zero[1, 200] = 0
-    with pytest.raises(ValueError, match="table 1 gives symbol 200 the frequency 0"):
+    zero[1, 255] = 0
+    with pytest.raises(ValueError, match="table 1 gives escapes the frequency 0"):
         encode(values, zero, classes)
-    zero[1, 200] = 2
+    zero[1, 255] = 2
     with pytest.raises(ValueError, match="table 1 sums to 4097"):
+        encode(values, zero, classes)
+    zero[1] = 0
+    zero[1, 255] = 4096
+    with pytest.raises(ValueError, match="its largest frequency is 4096"):
         encode(values, zero, classes)
     values[1, 2] = 5
     classes[1] = 255

@@ -248,11 +248,11 @@ def test_rank_is_spent_where_it_saves_bits(monkeypatch):
 
 
 @pytest.mark.parametrize(("n_parameters", "rank"), [(10**6, None), (20_000, 2), (1, 1)])
-def test_default_rank_holds_one_per_cent(n_parameters, rank):
+def test_small_rank_holds_one_per_cent(n_parameters, rank):
     # Whole maps: 3 * 16 * 16 = 768 numbers. Per rank: (1 + 1 + 2 + 1) * 16 = 80.
     moments, *_ = made_moments()
-    profile = solve(moments, {}, n_parameters)
-    assert profile.rank == rank
+    assert solve(moments, {}, n_parameters, rank="small").rank == rank
+    assert solve(moments, {}, n_parameters).rank is None
 
 
 @pytest.mark.parametrize("rank", [0, -1, WIDTH + 1, 1.5, True, "half"])
@@ -270,7 +270,7 @@ def test_tables_are_frequencies(fitted):
         assert tables.shape == (len(TABLE_SCALES), N_SYMBOLS)
         assert tables.dtype == np.uint16
         assert (tables.sum(1, dtype=np.int64) == TABLE_TOTAL).all()
-        assert tables.min() >= 1
+        assert tables[:, [127, 255]].min() >= 1
 
 
 def test_scales_cover_what_occurs():
@@ -286,16 +286,47 @@ def test_frequency_table_follows_the_counts(seed):
     counts = random.exponential(size=N_SYMBOLS) ** (3 * seed)
     table = frequency_table(counts)
     assert table.sum(dtype=np.int64) == TABLE_TOTAL
-    assert table.min() >= 1
     part = counts / counts.sum() * TABLE_TOTAL
+    always = [127, 255]
+    is_rare = part < 0.2
+    is_rare[always] = False
+    assert (table[is_rare] == 0).all()
+    assert (table[~is_rare] >= 1).all()
+    assert is_rare.any() == (seed > 0)
+    part[255] += part[is_rare].sum()
     # None of those above 1 loses more than what the small ones are raised by.
     assert (table <= np.ceil(np.maximum(part, 1))).all()
 
 
 def test_frequency_table_of_one_symbol():
+    for symbol in (0, 126, 254):
+        table = frequency_table(np.eye(N_SYMBOLS)[symbol])
+        assert table[[symbol, 127, 255]].tolist() == [TABLE_TOTAL - 2, 1, 1]
     table = frequency_table(np.eye(N_SYMBOLS)[127])
-    assert table[127] == TABLE_TOTAL - N_SYMBOLS + 1
-    assert np.delete(table, 127).tolist() == [1] * (N_SYMBOLS - 1)
+    assert table[[127, 255]].tolist() == [TABLE_TOTAL - 1, 1]
+    table = frequency_table(np.eye(N_SYMBOLS)[255])
+    assert table[[127, 255]].tolist() == [1, TABLE_TOTAL - 1]
+
+
+def bits_of(counts, table):
+    """What symbols take, 8 bits more where they are written as escapes."""
+    is_escape = table == 0
+    frequency = np.where(is_escape, table[255], table).astype(float)
+    is_escape[255] = True
+    return (counts * (np.log2(TABLE_TOTAL / frequency) + 8 * is_escape)).sum() / counts.sum()
+
+
+@pytest.mark.parametrize("scale", TABLE_SCALES[3:27:4])
+def test_leaving_rare_symbols_out_saves_bits(scale):
+    counts = profile_module.laplace_counts(scale)
+    table = frequency_table(counts)
+    entropy = -(counts * np.log2(np.maximum(counts, 1e-300))).sum()
+    # Every symbol at least 1, as a coder without escapes for them would need it.
+    room = TABLE_TOTAL - N_SYMBOLS
+    full = 1 + counts * room
+    assert bits_of(counts, table) < bits_of(counts, full) - 0.02 * (scale < 10)
+    # The kept ones are the best that a threshold gives, within what rounding to 4096 parts costs.
+    assert bits_of(counts, table) < entropy + 0.02
 
 
 @pytest.mark.parametrize("counts", [np.zeros(256), np.ones(255), -np.ones(256)])
@@ -360,6 +391,11 @@ def put(name, value):
     return change
 
 
+def only(symbol):
+    """Tables that give all to one symbol."""
+    return np.tile(np.uint16(TABLE_TOTAL * np.eye(N_SYMBOLS)[symbol]), (len(TABLE_SCALES), 1))
+
+
 def set_layer(**values):
     return lambda meta, parts: meta["layers"][0].update(values)
 
@@ -398,7 +434,9 @@ def set_rotary(**values):
         (put("0 key scale", np.zeros(1, np.float32)), "not positive"),
         (put("behaviour", np.zeros(255, np.float32)), "behaviour"),
         (put("tables", np.zeros((34, 256), np.uint16)), "table"),
-        (put("tables", np.full((34, 256), 17, np.uint16)), "table"),
+        (put("tables", np.full((34, 256), 17, np.uint16)), "has the sum 4352"),
+        (put("tables", only(127)), "symbol 255 the frequency 0"),
+        (put("tables", only(255)), "symbol 255 the frequency 4096"),
     ],
 )
 def test_nonsense_with_a_right_digest_is_refused(change, words):
