@@ -40,10 +40,12 @@ krul_entropy_tables_new(const krul_entropy_table *tables, int32_t n_tables,
         for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
             sum += tables[table].frequency[symbol];
         }
-        if (tables[table].frequency[KRUL_ENTROPY_ESCAPE] == 0) {
+        /* A slot holds frequencies of 12 bits: the escape may not be all there is. */
+        uint16_t escape = tables[table].frequency[KRUL_ENTROPY_ESCAPE];
+        if (escape == 0 || escape >= KRUL_ENTROPY_N_SLOTS) {
             return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                             "table %d gives escapes the frequency 0, but any value may occur",
-                             (int)table);
+                             "table %d gives escapes the frequency %d but must give 1 to %d",
+                             (int)table, (int)escape, (int)KRUL_ENTROPY_N_SLOTS - 1);
         }
         if (sum != KRUL_ENTROPY_N_SLOTS) {
             return krul_fail(err, KRUL_STATUS_BAD_VALUE, "table %d sums to %u, not to %d",
