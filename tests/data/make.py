@@ -179,7 +179,7 @@ def cases() -> dict[str, tuple[bytes, str, str]]:
         "codec-pair-of-one": (row_is(1, codec=4), bad, "takes 2 layer(s)"),
         "codec-one-of-pair": (row_is(1, layer_upper=5), bad, "takes 1 layer(s)"),
         "kv-unknown": (row_is(1, kv=3), bad, "kv is 3"),
-        "kv-both-of-exact": (row_is(1, kv=2), bad, "codec exact has the kv 2"),
+        "kv-both-of-exact": (row_is(1, kv=2), bad, "codec int8 has the kv 2"),
         "kv-one-of-predict": (row_is(1, codec=7), bad, "codec predict has the kv 1"),
         "dtype-unknown": (row_is(1, dtype=4), bad, "dtype is 4"),
         "layer-negative": (row_is(0, layer_lower=-1), bad, "layer_lower is -1"),
