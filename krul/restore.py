@@ -144,6 +144,7 @@ def open_cache(
         cache = _new_cache(model, settings, capabilities)
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
+        know_model(cache.costs, model)
         cache.profile = profile
         cache.handle = attach(model)
         if arrival is not None:

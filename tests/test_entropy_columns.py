@@ -23,6 +23,22 @@ def laplace_tables(n_tables):
     return tables
 
 
+def sparse_tables(n_tables, seed):
+    """Make tables that leave symbols out, the nearer ones too; some have only the escape left."""
+    random = np.random.default_rng(seed)
+    tables = laplace_tables(n_tables)
+    tables[tables <= random.integers(0, 40)] = 0
+    tables[random.random(tables.shape) < random.choice([0, 0.1, 0.9, 1])] = 0
+    tables[:, 255] = random.integers(1, 300, n_tables)
+    tables[tables.sum(1) == tables[:, 255], 127] = 1
+    heaviest = tables.argmax(1)
+    rows = np.arange(n_tables)
+    left = 4096 - tables.sum(1, dtype=np.int64)
+    tables[rows, heaviest] = (tables[rows, heaviest] + left).astype(np.uint16)
+    assert (tables.sum(1, dtype=np.int64) == 4096).all()
+    return tables
+
+
 def draw(n_columns, n_tokens, n_tables, seed, escape_share=0.0, has_shift=False):
     """Make numbers as wide as their classes say."""
     random = np.random.default_rng(seed)
@@ -74,11 +90,11 @@ def test_same_bytes_as_reference(n_tokens, has_shift, escape_share):
     seed=st.integers(0, 2**32 - 1),
     escape_share=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
     has_shift=st.booleans(),
-    is_flat=st.booleans(),
+    kind=st.sampled_from(["laplace", "flat", "sparse"]),
 )
-def test_round_trip(shape, n_tables, seed, escape_share, has_shift, is_flat):
-    tables = laplace_tables(n_tables)
-    if is_flat:
+def test_round_trip(shape, n_tables, seed, escape_share, has_shift, kind):
+    tables = sparse_tables(n_tables, seed) if kind == "sparse" else laplace_tables(n_tables)
+    if kind == "flat":
         tables[:] = 16
     values, *about = draw(*shape, n_tables, seed, escape_share, has_shift)
     stream = _core.entropy_encode_columns(values, tables, *about)
@@ -112,9 +128,10 @@ def outcome(call, refusal, *args, **kwargs):
     st.integers(0, 255),
     st.sampled_from(["change", "cut", "add", "insert"]),
     st.integers(33, 70),
+    st.booleans(),
 )
-def test_damage_is_refused_as_the_reference_does(position, byte, how, n_tokens):
-    tables = laplace_tables(8)
+def test_damage_is_refused_as_the_reference_does(position, byte, how, n_tokens, is_sparse):
+    tables = sparse_tables(8, n_tokens) if is_sparse else laplace_tables(8)
     values, *about = draw(5, n_tokens, 8, 5, 0.05, True)
     stream = bytearray(_core.entropy_encode_columns(values, tables, *about))
     position %= len(stream)
@@ -149,6 +166,41 @@ def test_any_bytes_are_refused_as_the_reference_does(stream, n_columns, n_tokens
                 decode, krul.CorruptionError, data, shape, tables, column_class, backend=backend
             )
             assert found == expected
+
+
+def test_what_a_table_leaves_out_is_an_escape():
+    """Every value of a byte in tables of two symbols, and in one that has them all."""
+    tables = np.zeros((3, 256), np.uint16)
+    tables[0, [127, 255]] = 4095, 1
+    tables[1, [0, 255]] = 1, 4095
+    tables[2] = 16
+    values = np.tile(np.arange(-130, 131, dtype=np.int32), (3, 1))
+    classes = np.arange(3, dtype=np.uint8)
+    stream = _core.entropy_encode_columns(values, tables, classes)
+    assert stream == reference.encode(values, tables, classes)
+    n_outside = 6
+    assert int.from_bytes(stream[:4], "little") == 260 + 260 + n_outside
+    for backend in BACKENDS:
+        out = decode(stream, values.shape, tables, classes, backend=backend)
+        assert (out == values).all()
+
+
+@pytest.mark.parametrize("value", [-127, -1, 0, 1, 126, 127])
+def test_an_escape_is_refused_where_its_table_has_the_value(value):
+    tables = np.zeros((1, 256), np.uint16)
+    tables[0, [10, 255]] = 1, 4095
+    classes = np.zeros(1, np.uint8)
+    away = np.full((1, 5), 300, np.int32)
+    stream = _core.entropy_encode_columns(away, tables, classes)
+    words_bytes = int.from_bytes(stream[4:8], "little")
+    escapes = b"".join([reference.write_escape(value)] * 5)
+    stream = stream[: 136 + words_bytes] + escapes
+    assert (decode(stream, away.shape, tables, classes) == value).all()
+    tables[0, value + 127], tables[0, 255] = 1, tables[0, 255] - 1
+    away = _core.entropy_encode_columns(away, tables, classes)
+    words_bytes = int.from_bytes(away[4:8], "little")
+    with pytest.raises(krul.CorruptionError, match="number 0 is missing or malformed"):
+        decode(away[: 136 + words_bytes] + escapes, (1, 5), tables, classes)
 
 
 def escaped(n_escapes, escapes):
@@ -214,15 +266,16 @@ def test_arguments():
     with pytest.raises(TypeError, match="contiguous"):
         encode(values[:, ::2], tables, classes)
     zero = tables.copy()
+    zero[1, 127] += zero[1, 255]
     zero[1, 255] = 0
-    with pytest.raises(ValueError, match="table 1 gives escapes the frequency 0"):
+    with pytest.raises(ValueError, match="table 1 gives escapes the frequency 0 but"):
         encode(values, zero, classes)
-    zero[1, 255] = 2
+    zero[1, 255] = 1
     with pytest.raises(ValueError, match="table 1 sums to 4097"):
         encode(values, zero, classes)
     zero[1] = 0
     zero[1, 255] = 4096
-    with pytest.raises(ValueError, match="its largest frequency is 4096"):
+    with pytest.raises(ValueError, match="table 1 gives escapes the frequency 4096 but"):
         encode(values, zero, classes)
     values[1, 2] = 5
     classes[1] = 255

@@ -166,9 +166,10 @@ enum { N_COLUMNS = 7, N_TABLES = 5, MAX_TOKENS = 200 };
 
 static krul_entropy_table column_tables[N_TABLES];
 
-/* Each symbol as often as the table before says, less steep from table to table. */
+/* Each symbol as often as the table before says, less steep from table to table; sparse ones leave
+ * out every third symbol and all that are far from 0. */
 static void
-make_column_tables(void)
+make_column_tables(bool is_sparse)
 {
     for (int table = 0; table < N_TABLES; table++) {
         uint32_t sum = 0;
@@ -178,6 +179,9 @@ make_column_tables(void)
             column_tables[table].frequency[symbol] = (uint16_t)(1 + (steps < 8
                                                                          ? 600 >> steps >> table
                                                                          : 0));
+            if (is_sparse && symbol != 255 && (distance % 3 == 2 || distance > 9)) {
+                column_tables[table].frequency[symbol] = 0;
+            }
             sum += column_tables[table].frequency[symbol];
         }
         column_tables[table].frequency[127] = (uint16_t)(column_tables[table].frequency[127] +
@@ -305,6 +309,16 @@ test_column_arguments(krul_entropy_tables *tables)
     CHECK(krul_entropy_tables_new(column_tables, 2, &none, &err) == KRUL_STATUS_BAD_VALUE);
     CHECK(strstr(err.message, "table 1") != NULL && none == NULL);
     column_tables[1].frequency[9]++;
+    uint16_t escape = column_tables[1].frequency[255];
+    column_tables[1].frequency[255] = 0;
+    column_tables[1].frequency[127] = (uint16_t)(column_tables[1].frequency[127] + escape);
+    CHECK(krul_entropy_tables_new(column_tables, 2, &none, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "escapes the frequency 0") != NULL && none == NULL);
+    column_tables[1].frequency[127] = (uint16_t)(column_tables[1].frequency[127] - escape);
+    column_tables[1].frequency[255] = escape;
+    krul_entropy_table lone = {.frequency = {[255] = 4096}};
+    CHECK(krul_entropy_tables_new(&lone, 1, &none, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "escapes the frequency 4096") != NULL && none == NULL);
     CHECK(krul_entropy_columns_bound(-1, 1) == 0 && krul_entropy_columns_bound(1, -1) == 0);
     CHECK(krul_entropy_columns_bound(INT64_MAX, 2) == 0);
     CHECK(krul_entropy_columns_bound(1 << 15, (1 << 14) + 1) == 0);
@@ -328,14 +342,16 @@ test_all_columns(void)
     static const size_t n_tokens[] = {0, 1, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};
     krul_error err;
     krul_entropy_tables *tables = NULL;
-    make_column_tables();
-    CHECK(krul_entropy_tables_new(column_tables, N_TABLES, &tables, &err) == KRUL_STATUS_OK);
-    for (size_t i = 0; i < sizeof n_tokens / sizeof n_tokens[0]; i++) {
-        test_columns(tables, n_tokens[i], false, false);
-        test_columns(tables, n_tokens[i], true, true);
+    for (int is_sparse = 0; is_sparse < 2; is_sparse++) {
+        make_column_tables(is_sparse != 0);
+        CHECK(krul_entropy_tables_new(column_tables, N_TABLES, &tables, &err) == KRUL_STATUS_OK);
+        for (size_t i = 0; i < sizeof n_tokens / sizeof n_tokens[0]; i++) {
+            test_columns(tables, n_tokens[i], false, false);
+            test_columns(tables, n_tokens[i], true, true);
+        }
+        test_column_arguments(tables);
+        krul_entropy_tables_free(tables);
     }
-    test_column_arguments(tables);
-    krul_entropy_tables_free(tables);
 }
 
 int

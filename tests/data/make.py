@@ -175,10 +175,12 @@ def cases() -> dict[str, tuple[bytes, str, str]]:
         "table-flipped": (flipped(good, 64 + 20), corrupt, "table of entries: CRC-32C"),
         "entry-kind-unknown": (row_is(0, kind=7), bad, "kind is 7"),
         "entry-reserved": (patched(good, 64 + 6, "<B", 1), bad, "reserved"),
-        "codec-unknown": (row_is(1, codec=7), bad, "codec is 7"),
+        "codec-unknown": (row_is(1, codec=8), bad, "codec is 8"),
         "codec-pair-of-one": (row_is(1, codec=4), bad, "takes 2 layer(s)"),
         "codec-one-of-pair": (row_is(1, layer_upper=5), bad, "takes 1 layer(s)"),
-        "kv-unknown": (row_is(1, kv=2), bad, "kv is 2"),
+        "kv-unknown": (row_is(1, kv=3), bad, "kv is 3"),
+        "kv-both-of-exact": (row_is(1, kv=2), bad, "codec int8 has the kv 2"),
+        "kv-one-of-predict": (row_is(1, codec=7), bad, "codec predict has the kv 1"),
         "dtype-unknown": (row_is(1, dtype=4), bad, "dtype is 4"),
         "layer-negative": (row_is(0, layer_lower=-1), bad, "layer_lower is -1"),
         "layer-upper-not-above": (row_is(0, layer_upper=0, codec=4), bad, "layer_upper is 0"),
@@ -277,6 +279,8 @@ def coded() -> list[tuple[str, reference.Row, bytes, str]]:
     found = []
     layer = 0
     for name, codec in _core.codecs().items():
+        if name == "predict":  # needs a profile
+            continue
         for dtype, n_tokens, head_dim in ((1, 70, 8), (2, 5, 3)):
             for kv in (0, 1):
                 n_layers = 2 if codec >= 4 else 1
@@ -319,6 +323,7 @@ def columns_seed(n_columns: int, n_tokens: int, has_shift: bool, has_escapes: bo
     from krul import _core
 
     tables = np.repeat([[16], [8], [4], [2]], 256, axis=1).astype(np.uint16)
+    tables[3, 1:255:2] = 0
     tables[:, 127] += 4096 - tables.sum(axis=1, dtype=np.uint16)
     first_class = 2
     classes = [255 if i % 4 == 3 else (first_class + i) % 8 for i in range(n_columns)]

@@ -13,6 +13,12 @@ def table_of(column_class, token_shift, n_tables):
     return min(max(int(column_class) + int(token_shift), 0), n_tables - 1)
 
 
+def symbol_of(value, frequencies):
+    """Return the symbol of a value: the escape where its table, a list, leaves it out."""
+    is_symbol = -127 <= value <= 127 and frequencies[value + ZERO] > 0
+    return value + ZERO if is_symbol else ESCAPE
+
+
 def write_escape(value):
     """Zigzag, then seven bits to a byte."""
     rest = 2 * value if value >= 0 else -2 * value - 1
@@ -33,7 +39,7 @@ def read_escapes(data, n_escapes):
         is_open = byte >= 128
         if not is_open:
             value = rest // 2 if rest % 2 == 0 else -(rest + 1) // 2
-            if not -(2**31) <= value < 2**31 or -127 <= value <= 127:
+            if not -(2**31) <= value < 2**31:
                 raise ValueError(f"escape {value}")
             if write_escape(value) != write_escape_bytes(rest, place):
                 raise ValueError("escape is longer than it need be")
@@ -71,7 +77,7 @@ def encode(values, tables, column_class, token_shift=None):
     order = list(places(n_columns, n_tokens, column_class, token_shift, len(tables)))
     for column, token, lane, table in reversed(order):
         value = int(values[column, token])
-        symbol = value + ZERO if -127 <= value <= 127 else ESCAPE
+        symbol = symbol_of(value, frequencies[table])
         if symbol == ESCAPE:
             escapes.append(value)
         state, frequency = states[lane], frequencies[table][symbol]
@@ -97,7 +103,7 @@ def decode(stream, n_columns, n_tokens, tables, column_class, token_shift=None):
     words = np.frombuffer(stream[136 : 136 + words_bytes], "<u2").tolist()
     frequencies = np.asarray(tables).tolist()
     starts = [np.cumsum([0, *table]).tolist() for table in frequencies]
-    symbol_of = [np.repeat(np.arange(256), table).tolist() for table in frequencies]
+    symbols = [np.repeat(np.arange(256), table).tolist() for table in frequencies]
     out = np.zeros((n_columns, n_tokens), np.int64)
     marks = []
     at = 0
@@ -105,7 +111,7 @@ def decode(stream, n_columns, n_tokens, tables, column_class, token_shift=None):
         n_columns, n_tokens, column_class, token_shift, len(tables)
     ):
         slot = states[lane] % WHOLE
-        symbol = symbol_of[table][slot]
+        symbol = symbols[table][slot]
         state = frequencies[table][symbol] * (states[lane] // WHOLE) + slot - starts[table][symbol]
         if state < STATE_FLOOR:
             if at == len(words):
@@ -115,12 +121,14 @@ def decode(stream, n_columns, n_tokens, tables, column_class, token_shift=None):
         states[lane] = state
         out[column, token] = symbol - ZERO
         if symbol == ESCAPE:
-            marks.append((column, token))
+            marks.append((column, token, table))
     if at != len(words) or any(state != STATE_FLOOR for state in states):
         raise ValueError("does not come out even")
     escapes = read_escapes(stream[136 + words_bytes :], n_escapes)
     if len(escapes) != len(marks):
         raise ValueError("escapes too many or too few")
-    for place, value in zip(marks, escapes, strict=True):
-        out[place] = value
+    for (column, token, table), value in zip(marks, escapes, strict=True):
+        if symbol_of(value, frequencies[table]) != ESCAPE:
+            raise ValueError(f"escape {value} is a symbol of its table")
+        out[column, token] = value
     return out
