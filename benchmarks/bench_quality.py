@@ -31,10 +31,13 @@ import torch
 import transformers
 
 import krul
+from krul import _core
+from krul.compressor import CODECS, token_runs
 from krul.demo_model import load
+from krul.predictor import make_predictor
 
 from . import baselines, bench_codecs, chats, harness, retrieval, texts
-from .baselines import Codec, History, Restored
+from .baselines import KEEP_FIRST, Codec, History, Restored
 
 LENGTHS = (1024, 3072)
 QUICK_LENGTHS = (1024,)
@@ -55,6 +58,10 @@ NOT_ASKED = (
     "krul share+int4 (MiniCache's fixed pairs): 3",
     "integers in groups of 64: 8 bits",
     "integers in groups of 32: 8 bits",
+    "krul predict: step 0.2",
+    "krul predict: step 0.3",
+    "krul predict: step 0.8",
+    "krul predict: step 1.6",
     "H2O: 1/2 kept",
     "H2O: 1/12 kept",
     "KVTC (DEFLATE): 2.5 bits",
@@ -108,10 +115,63 @@ def krul_sharing(codec: str, n_pairs: int, is_fixed: bool) -> Codec:
     return Codec(f"krul {codec} ({name})", f"{n_pairs}", run, needs)
 
 
-def codecs(basis: Callable[[], baselines.Basis]) -> list[Codec]:
+def krul_predict(profile: Callable[[], krul.Profile], step: float) -> Codec:
+    """Krul's predictive coding with a profile of the calibration texts, at one step."""
+
+    def run(history: History) -> Restored:
+        coded = code_predicted(history, profile(), step)
+        return Restored(coded.layers, coded.n_bytes)
+
+    return Codec("krul predict", f"step {step}", run)
+
+
+def code_predicted(history: History, profile: krul.Profile, step: float) -> bench_codecs.Coded:
+    """Encode and decode a whole cache as a save and a restore do; table rows of blocks counted."""
+    layers, n_tokens = history.layers, history.n_tokens
+    back = [tuple(torch.empty_like(t) for t in layer) for layer in layers]
+    kept = [
+        (CODECS["exact"], kv, (layer[kv][:, :, :KEEP_FIRST],)) for layer in layers for kv in (0, 1)
+    ]
+    n_bytes = sum(_stored(payload) for payload, *_ in _core.encode_blocks(kept))
+    for layer, out in zip(layers, back, strict=True):
+        for tensor, copy in zip(layer, out, strict=True):
+            copy[:, :, :KEEP_FIRST] = tensor[:, :, :KEEP_FIRST]
+    runs = token_runs(KEEP_FIRST, n_tokens, 2 * layers[0][0][:, :, 0].nbytes, 0)
+    encoder = make_predictor(profile, range(n_tokens), is_encoding=True)
+    chains = encoder.encode(
+        [
+            [(i, start, *(t[:, :, start:end] for t in layer)) for i, layer in enumerate(layers)]
+            for start, end in runs
+        ],
+        step,
+    )
+    jobs = []
+    for (start, end), chain in zip(runs, chains, strict=True):
+        harness.check(chain is not None, f"predict cannot hold tokens {start} to {end}")
+        assert chain is not None
+        n_bytes += sum(_stored(payload) for payload, _, _ in chain)
+        jobs.append(
+            [
+                (i, start, end - start, payload, *(t[:, :, start:end] for t in out))
+                for i, ((payload, _, _), out) in enumerate(zip(chain, back, strict=True))
+            ]
+        )
+    make_predictor(profile, range(n_tokens)).decode(jobs)
+    return bench_codecs.Coded(back, n_bytes)
+
+
+def _stored(payload: bytes) -> int:
+    """Bytes of a block in a file: its payload, padded, and its row in the table."""
+    return len(payload) + -len(payload) % 64 + 64
+
+
+def codecs(
+    basis: Callable[[], baselines.Basis], profile: Callable[[], krul.Profile]
+) -> list[Codec]:
     """Return everything that is measured, in the order of the table."""
     return [
         uncompressed(),
+        *(krul_predict(profile, step) for step in (0.2, 0.3, 0.45, 0.6, 0.8, 1.1, 1.6)),
         *(krul_codec(name) for name in bench_codecs.SINGLE),
         *(
             krul_sharing(codec, n_pairs, is_fixed)
@@ -164,7 +224,7 @@ class Bench:
         self.commit = harness._first_line("git", "rev-parse", "--short", "HEAD")
         self.n_calibration_tokens = QUICK_CALIBRATION_TOKENS if is_quick else N_CALIBRATION_TOKENS
         self.n_components = QUICK_COMPONENTS if is_quick else baselines.N_COMPONENTS
-        self.codecs: list[Codec] = codecs(self.basis)
+        self.codecs: list[Codec] = codecs(self.basis, self.profile)
 
     def encode(self, words: str) -> list[int]:
         """Turn words into token ids, adding none."""
@@ -217,6 +277,24 @@ class Bench:
         digest = texts.digest("".join(words))
         what = f"SmolLM2-135M-Instruct {self.n_calibration_tokens} {digest}"
         return baselines.load_basis(what, histories, self.n_components)
+
+    @functools.cache  # noqa: B019 - there is one bench
+    def profile(self) -> krul.Profile:
+        """Return the profile for predict, fitted to the same texts the first time."""
+        words = texts.calibration_texts()
+        digest = texts.digest("".join(words))
+        path = baselines.cache_folder() / f"{self.n_calibration_tokens}-{digest}.profile"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print("fitting a profile ...", file=sys.stderr)
+            krul.Profile.fit(
+                self.model,
+                self.tokenizer,
+                words,
+                context_tokens=self.n_calibration_tokens,
+                checkpoint=path.with_suffix(".checkpoint"),
+            ).save(path)
+        return krul.Profile.load(path)
 
     def log_probabilities(
         self, layers: baselines.KeysAndValues, ids: torch.Tensor, n_before: int

@@ -396,7 +396,7 @@ def test_parts_are_kept_and_forgotten(tmp_path):
 
 
 def test_codecs_are_chosen_by_words():
-    every = bench_quality.codecs(lambda: None)
+    every = bench_quality.codecs(lambda: None, lambda: None)
     names = [codec.name for codec in every]
     assert len(set(names)) == len(names)
     assert set(bench_quality.NOT_ASKED) <= set(names)
@@ -415,7 +415,8 @@ def bench(tmp_path_factory):
 @pytest.mark.model
 def test_uncompressed_scores_are_perfect_and_kept(bench):
     bench.codecs = bench_quality.chosen(
-        bench_quality.codecs(bench.basis), "uncompressed,krul: int4,groups of 64: 2,h2o: 1/4"
+        bench_quality.codecs(bench.basis, bench.profile),
+        "uncompressed,krul: int4,groups of 64: 2,h2o: 1/4",
     )
     ids = torch.tensor([bench.encode(texts.text("manual")[:3000])])
     bench.one_history("text", "manual", ids, 256)
