@@ -187,6 +187,23 @@ def codecs(
     ]
 
 
+@functools.cache
+def fitted_profile(
+    model: Any, tokenizer: Any, n_tokens: int = N_CALIBRATION_TOKENS
+) -> krul.Profile:
+    """Return a profile of the calibration texts, fitted the first time and kept on disk."""
+    words = texts.calibration_texts()
+    path = baselines.cache_folder() / f"{n_tokens}-{texts.digest(''.join(words))}.profile"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print("fitting a profile ...", file=sys.stderr)
+        checkpoint = path.with_suffix(".checkpoint")
+        krul.Profile.fit(
+            model, tokenizer, words, context_tokens=n_tokens, checkpoint=checkpoint
+        ).save(path)
+    return krul.Profile.load(path)
+
+
 class Parts:
     """What earlier runs measured: one JSON line each, under a key that says what it is."""
 
@@ -278,23 +295,9 @@ class Bench:
         what = f"SmolLM2-135M-Instruct {self.n_calibration_tokens} {digest}"
         return baselines.load_basis(what, histories, self.n_components)
 
-    @functools.cache  # noqa: B019 - there is one bench
     def profile(self) -> krul.Profile:
         """Return the profile for predict, fitted to the same texts the first time."""
-        words = texts.calibration_texts()
-        digest = texts.digest("".join(words))
-        path = baselines.cache_folder() / f"{self.n_calibration_tokens}-{digest}.profile"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print("fitting a profile ...", file=sys.stderr)
-            krul.Profile.fit(
-                self.model,
-                self.tokenizer,
-                words,
-                context_tokens=self.n_calibration_tokens,
-                checkpoint=path.with_suffix(".checkpoint"),
-            ).save(path)
-        return krul.Profile.load(path)
+        return fitted_profile(self.model, self.tokenizer, self.n_calibration_tokens)
 
     def log_probabilities(
         self, layers: baselines.KeysAndValues, ids: torch.Tensor, n_before: int
