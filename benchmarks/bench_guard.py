@@ -1,7 +1,7 @@
-"""Does the guard keep its word? Varied conversations saved by `auto` with a profile of English text.
+"""Does the guard keep its word? Varied conversations saved by `auto` with an English profile.
 
-Each conversation is read, saved with the default settings, opened again, and the next 128 tokens are
-scored over what came back against the exact K/V. The guard promises its limit for the tokens that
+Each conversation is read, saved with the default settings, opened again, and its next 128 tokens
+are scored over what came back against the exact K/V. The guard promises its limit for the tokens that
 it runs; how often the next ones keep it, too, is measured. Texts like those of the profile, code,
 other languages and scripts, numbers, random tokens and a single token over and over.
 """
@@ -35,6 +35,7 @@ COLUMNS = [
     ("codecs", "codecs", ""),
 ]
 
+# ruff: noqa: RUF001 - other scripts look like Latin letters to a linter
 # A few sentences each, shuffled and repeated with numbers to fill a conversation.
 _LANGUAGES = {
     "German": [
