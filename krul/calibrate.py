@@ -380,7 +380,7 @@ def _tell_size(form: ModelForm, n_weights: int) -> None:
     n_maps = whole_maps(form)
     if n_maps > MAX_PART * n_weights:
         warnings.warn(
-            f"the profile's maps will take {2 * n_maps / 1e6:.1f} MB, which is "
+            f"the profile's maps will take {2 * n_maps:,} bytes, which is "
             f"{n_maps / n_weights:.1%} as many numbers as the model has; rank='small' keeps them "
             f"to {MAX_PART:.0%} but costs compression, rank='full' says that this size is meant",
             UserWarning,

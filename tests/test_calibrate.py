@@ -29,7 +29,7 @@ def made_texts(n_texts=3, n_letters=500, seed=1):
     return [" ".join(dice.choices(words, k=n_letters // 5)) for _ in range(n_texts)]
 
 
-OPTIONS = {"context_tokens": 250, "sensitivity_texts": 1, "progress": False}
+OPTIONS = {"context_tokens": 250, "sensitivity_texts": 1, "progress": False, "rank": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_calibrate_writes_a_profile(on_disk, model, capsys):
     assert told["n_bytes"] == out.stat().st_size == sum(told["bytes_by_part"].values())
     assert sorted(path.name for path in on_disk.iterdir()) == ["model", "profile", "text"]
     assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "small")) == 0
-    assert "maps are stored of rank 1;" in capsys.readouterr().out
+    assert "maps are stored of rank 2;" in capsys.readouterr().out
     assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "full")) == 0
     said = capsys.readouterr().out
     assert "4 of 4 layers" in said
@@ -442,12 +442,11 @@ def test_an_interrupted_calibration_for_a_store_goes_on(on_disk, model, monkeypa
 def test_large_maps_are_told_unless_they_are_meant(model, rank, n_warnings):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        krul.Profile.fit(model, tokenizer, made_texts(), rank=rank, **OPTIONS)
+        krul.Profile.fit(model, tokenizer, made_texts(), **{**OPTIONS, "rank": rank})
     found = [one for one in found if "maps" in str(one.message)]
     assert len(found) == n_warnings
-    # Two layers' maps of 2 * 64 * 64, one of 64 * 64, two bytes each.
-    for one in found:
-        assert "maps will take 0.0 MB" in str(one.message)
+    for one in found:  # two layers' maps of 2 * 64 * 64 and one of 64 * 64, two bytes each
+        assert "maps will take 40,960 bytes" in str(one.message)
         assert f"{5 * 64 * 64 / calibrate.n_parameters(model):.1%}" in str(one.message)
         assert one.filename == __file__
 

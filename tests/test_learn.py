@@ -243,7 +243,7 @@ def test_tables_are_those_of_its_coefficients(store, model, early):
 def test_sensitivities_of_the_one_before_are_taken_over(store, model, early):
     from test_calibrate import OPTIONS, made_texts, tokenizer
 
-    fitted = Profile.fit(model, tokenizer, made_texts(), rank="full", **OPTIONS)
+    fitted = Profile.fit(model, tokenizer, made_texts(), **OPTIONS)
     assert (fitted.sensitivities > 0).all()
     store.add_profile(fitted)
     n_seen = 0

@@ -503,7 +503,7 @@ def model():
 def fitted(model):
     from test_calibrate import OPTIONS, made_texts, tokenizer
 
-    return fit(model, tokenizer, made_texts(), rank="full", **OPTIONS)
+    return fit(model, tokenizer, made_texts(), **OPTIONS)
 
 
 def test_open_takes_the_newest_of_the_model(store, model, fitted):
