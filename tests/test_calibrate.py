@@ -321,7 +321,7 @@ def half(model, tmp_path, monkeypatch):
         (1, 1, {}, "model is"),
         (0, 2, {}, "texts is"),
         (0, 1, {"keep_first": 5}, "keep_first is 4 there and 5 here"),
-        (0, 1, {"rank": 3}, "rank is None there and 3 here"),
+        (0, 1, {"rank": 3}, "rank is full there and 3 here"),
     ],
 )
 def test_a_checkpoint_of_another_calibration_is_refused(half, seed, texts, options, words):
@@ -380,14 +380,15 @@ def test_calibrate_writes_a_profile(on_disk, model, capsys):
     profile.check(model)
     assert told["digest"] == profile.digest
     assert told["rank"] is None
+    assert told["maps_part"] == pytest.approx(5 * 64 * 64 / calibrate.n_parameters(model), abs=2e-4)
     assert told["n_bytes"] == out.stat().st_size == sum(told["bytes_by_part"].values())
     assert sorted(path.name for path in on_disk.iterdir()) == ["model", "profile", "text"]
     assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "small")) == 0
-    assert "maps are stored of rank 2;" in capsys.readouterr().out
+    assert "maps are stored of rank 2, " in capsys.readouterr().out
     assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "full")) == 0
     said = capsys.readouterr().out
     assert "4 of 4 layers" in said
-    assert "stored whole" in said
+    assert "stored whole, 14.6% as many numbers as the model has" in said
 
 
 def test_calibrate_installs_into_a_store(on_disk, model, capsys):
