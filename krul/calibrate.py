@@ -48,7 +48,7 @@ from .profile import (
 )
 from .rotary import rotate
 
-__all__ = ["code", "fit", "n_parameters", "restored", "value_metrics"]
+__all__ = ["code", "count_tables", "fit", "n_parameters", "restored", "value_metrics"]
 
 _CHECKPOINT_MAGIC = b"krulckpt"
 _CHECKPOINT_VERSION = 1
@@ -380,7 +380,7 @@ def _tell_size(form: ModelForm, n_weights: int) -> None:
     n_maps = whole_maps(form)
     if n_maps > MAX_PART * n_weights:
         warnings.warn(
-            f"the profile's maps will take {2 * n_maps / 1e6:.1f} MB, which is "
+            f"the profile's maps will take {2 * n_maps:,} bytes, which is "
             f"{n_maps / n_weights:.1%} as many numbers as the model has; rank='small' keeps them "
             f"to {MAX_PART:.0%} but costs compression, rank='full' says that this size is meant",
             UserWarning,
@@ -552,6 +552,20 @@ def _count(
     ids = torch.tensor([piece[:_TABLE_TOKENS]], device=device)
     states, _ = _prefill(inner, ids)
     rows = _rows_of(profile.form, states, np.arange(ids.shape[1]))
+    return profile.with_tables(count_tables(profile, rows, keep_first))
+
+
+def count_tables(
+    profile: Profile, rows: Mapping[int, torch.Tensor], keep_first: int = 0
+) -> np.ndarray:
+    """Return frequency tables, uint16 [len(TABLE_SCALES), 256], counted from coefficients.
+
+    Parameters
+    ----------
+    profile : krul.Profile
+    rows, keep_first
+        As for :func:`code`.
+    """
     counts = np.zeros((len(TABLE_SCALES), N_SYMBOLS))
     for step in _TABLE_STEPS:
 
@@ -565,7 +579,7 @@ def _count(
             counts.reshape(-1)[:] += np.bincount(flat.reshape(-1), minlength=counts.size)
 
         code(profile, rows, step, keep_first, see)
-    return profile.with_tables(_tables(counts))
+    return _tables(counts)
 
 
 def table_class(deviation: np.ndarray) -> np.ndarray:

@@ -216,6 +216,7 @@ def _fit_and_tell(
 ) -> int:
     import transformers
 
+    from .calibrate import n_parameters
     from .profile import Profile
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
@@ -227,7 +228,7 @@ def _fit_and_tell(
         texts,
         checkpoint=checkpoint,
         max_tokens=options.max_tokens,
-        rank=options.rank,
+        rank="full" if options.rank is None else options.rank,  # its size is told below
     )
     if options.out is not None:
         profile.save(options.out)
@@ -237,6 +238,7 @@ def _fit_and_tell(
         "path": options.out,
         "store": None if store is None else store.path,
         **profile.to_dict(),
+        "maps_part": round(profile.sizes["maps"] / 2 / n_parameters(model), 4),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if options.json:
@@ -250,7 +252,11 @@ def _fit_and_tell(
     )
     maps = "whole" if profile.rank is None else f"of rank {profile.rank}"
     print(", ".join(f"{part} {_bytes(size)}" for part, size in profile.sizes.items()))
-    print(f"maps are stored {maps}; the profile's digest is {profile.digest}")
+    print(
+        f"maps are stored {maps}, {result['maps_part']:.1%} as many numbers as the model has "
+        "(--rank small keeps to 1%, and compresses less)"
+    )
+    print(f"the profile's digest is {profile.digest}")
     for reason in result["reasons"]:
         print(f"left out: {reason}")
     return GOOD

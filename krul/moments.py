@@ -6,6 +6,7 @@ products with the layers it is to be predicted from. Sums of different conversat
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .fingerprint import Fingerprint, fingerprint
 from .model import layer_classes
 from .rotary import CONVENTIONS, Rotary, find_rotary, unrotate
 
-__all__ = ["LearnedLayer", "ModelForm", "Moments", "model_form"]
+__all__ = ["LearnedLayer", "ModelForm", "Moments", "model_form", "n_bytes_of"]
 
 MOMENTS_MAGIC = b"krulmoms"
 MOMENTS_VERSION = 1
@@ -299,6 +300,41 @@ class Moments:
             self._sums[name] += more
         self.n_tokens += n_new
 
+    def add_query_means(self, means: Mapping[int, np.ndarray], n_queries: int) -> None:
+        """Add queries of which only the mean of their products is known.
+
+        Parameters
+        ----------
+        means : mapping of int to numpy.ndarray
+            By layer index: ``q q^T`` averaged over queries before rotary embedding,
+            [n_heads, key_dim, key_dim], see :class:`krul.estimator.Similarity`.
+        n_queries : int
+            How many they count for.
+
+        Raises
+        ------
+        krul.ShapeError
+            One has another shape.
+        ValueError
+            A number is not finite; nothing was added.
+        """
+        wide = {}
+        for index, mean in means.items():
+            layer = self.form.layers[index]
+            if layer is None:
+                continue
+            wanted = (layer.n_heads, layer.key_dim, layer.key_dim)
+            if mean.shape != wanted:
+                raise ShapeError(
+                    f"the mean of queries of layer {index} is {mean.shape} but must be {wanted}"
+                )
+            if not np.isfinite(mean).all():
+                raise ValueError(f"the mean of queries of layer {index} is not finite")
+            wide[index] = torch.from_numpy(mean.astype(np.float64))
+        for index, mean in wide.items():
+            self._sums[f"{index} queries"] += mean * n_queries
+            self._sums[f"{index} query count"] += n_queries
+
     @staticmethod
     def rows_of(
         form: ModelForm, keys: Mapping[int, Any], values: Mapping[int, Any], positions: Any
@@ -416,6 +452,11 @@ class Moments:
             _arrays.read_file(path), MOMENTS_MAGIC, MOMENTS_VERSION, "a file of moments"
         )
         return cls.from_parts(meta, arrays)
+
+
+def n_bytes_of(form: ModelForm) -> int:
+    """Return how many bytes the sums of a model take."""
+    return 8 * sum(math.prod(shape) for shape in _shapes(form).values())
 
 
 def _shapes(form: ModelForm) -> dict[str, tuple[int, ...]]:

@@ -4,8 +4,8 @@ There are two folders. The location's own holds what was learned from texts and 
 a tenant's holds what was learned from its conversations and serves nobody else. A conversation
 names the profile it was coded with by digest, so that a newer one changes nothing for it.
 
-A file's modification time says when a profile was added, its access time when a save last named
-it: a save touches it first (`Profiles.keep`) and commits then, and `gc` leaves alone what was
+A file's modification time says when a profile was added, its access time when it was last read or
+named: a save touches it first (`Profiles.keep`) and commits then, and `gc` leaves alone what was
 touched lately.
 """
 
@@ -70,7 +70,7 @@ class ProfileInfo:
     n_tokens : int
         Tokens that it was learned from.
     added_s, used_s : float
-        When it was added, and when a save last named it; Unix time.
+        When it was added, and when it was last read or named by a save; Unix time.
     is_later : bool
         It is of a version that this krul does not read.
     """
@@ -134,12 +134,12 @@ _memory = _Memory()
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Make a folder of profiles if it is missing, and hold its lock."""
+def locked(folder: str, name: str = _LOCK_NAME) -> Iterator[None]:
+    """Make a folder of profiles if it is missing, and hold one of its locks."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    lock_fd = os.open(os.path.join(folder, _LOCK_NAME), flags, 0o600)
+    lock_fd = os.open(os.path.join(folder, name), flags, 0o600)
     deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
     try:
         while True:

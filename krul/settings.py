@@ -61,6 +61,10 @@ class Settings:
     drop_recomputed : bool
         Do not store what a restore would recompute anyway, as the paper does. Decided by the first
         save of a conversation, from what was measured until then; later turns are stored whole.
+    learn_profile : bool
+        Let saves add up what a profile is fitted from, and fit one when 16 tokens for each number
+        of the model's widest layer were saved, and again whenever there are twice as many. For this
+        tenant alone; see `krul.learn`.
     n_threads : int
         Threads for encoding and restoring; 0 means every processor.
     max_read_bytes_per_s : float
@@ -91,6 +95,7 @@ class Settings:
     guard_tokens: int = 64
     restore: str = "auto"
     drop_recomputed: bool = False
+    learn_profile: bool = False
     n_threads: int = 0
     max_read_bytes_per_s: float = 0.0
 
@@ -107,10 +112,10 @@ class Settings:
         _check_int("keep_first", self.keep_first, 0, 4096)
         _check_int("guard_tokens", self.guard_tokens, 0, 65_536)
         _check_choice("restore", self.restore, RESTORE_PLANS)
-        if not isinstance(self.drop_recomputed, bool):
-            raise ValueError(
-                f"drop_recomputed is {self.drop_recomputed!r} but must be True or False"
-            )
+        for field in ("drop_recomputed", "learn_profile"):
+            value = getattr(self, field)
+            if not isinstance(value, bool):
+                raise ValueError(f"{field} is {value!r} but must be True or False")
         _check_int("n_threads", self.n_threads, 0, 256)
         _check_float("max_read_bytes_per_s", self.max_read_bytes_per_s, 0, 1e15)
 

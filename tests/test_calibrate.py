@@ -1,7 +1,9 @@
 """krul.calibrate: texts in, a profile out; what was interrupted goes on, wrong input is refused."""
 
 import json
+import os
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def made_texts(n_texts=3, n_letters=500, seed=1):
     return [" ".join(dice.choices(words, k=n_letters // 5)) for _ in range(n_texts)]
 
 
-OPTIONS = {"context_tokens": 250, "sensitivity_texts": 1, "progress": False}
+OPTIONS = {"context_tokens": 250, "sensitivity_texts": 1, "progress": False, "rank": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +321,7 @@ def half(model, tmp_path, monkeypatch):
         (1, 1, {}, "model is"),
         (0, 2, {}, "texts is"),
         (0, 1, {"keep_first": 5}, "keep_first is 4 there and 5 here"),
-        (0, 1, {"rank": 3}, "rank is None there and 3 here"),
+        (0, 1, {"rank": 3}, "rank is full there and 3 here"),
     ],
 )
 def test_a_checkpoint_of_another_calibration_is_refused(half, seed, texts, options, words):
@@ -377,12 +379,77 @@ def test_calibrate_writes_a_profile(on_disk, model, capsys):
     profile = krul.Profile.load(out)
     profile.check(model)
     assert told["digest"] == profile.digest
+    assert told["rank"] is None
+    assert told["maps_part"] == pytest.approx(5 * 64 * 64 / calibrate.n_parameters(model), abs=2e-4)
     assert told["n_bytes"] == out.stat().st_size == sum(told["bytes_by_part"].values())
     assert sorted(path.name for path in on_disk.iterdir()) == ["model", "profile", "text"]
+    assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "small")) == 0
+    assert "maps are stored of rank 2, " in capsys.readouterr().out
     assert cli.main(arguments(on_disk, "--out", str(out), "--rank", "full")) == 0
     said = capsys.readouterr().out
     assert "4 of 4 layers" in said
-    assert "stored whole" in said
+    assert "stored whole, 14.6% as many numbers as the model has" in said
+
+
+def test_calibrate_installs_into_a_store(on_disk, model, capsys):
+    place = str(on_disk / "store")
+    assert cli.main(arguments(on_disk, "--store", place, "--rank", "full", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["store"]) == (None, place)
+    with krul.Store(place) as store:
+        assert store.profiles.find(model_form(model).fingerprint).digest == told["digest"]
+        assert sorted(name[-8:] for name in os.listdir(store.profiles.shared)) == [
+            ".profile",
+            "lock",
+        ]
+        with store.open("chat", model) as cache:
+            assert cache.profile.digest == told["digest"]
+    both = arguments(on_disk, "--store", place, "--out", str(on_disk / "profile"), "--rank", "3")
+    assert cli.main(both) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{on_disk / 'profile'}, store {place}: ")
+    with krul.Store(place) as store:
+        newest = store.profiles.find(model_form(model).fingerprint)
+        assert newest.rank == 3
+        assert newest.digest == krul.Profile.load(on_disk / "profile").digest
+        assert len(store.profiles.infos()) == 2
+
+
+def test_an_interrupted_calibration_for_a_store_goes_on(on_disk, model, monkeypatch, capsys):
+    place = str(on_disk / "store")
+    costs, calls = calibrate._costs, []
+
+    def stop(*options):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "_costs", stop)
+        assert cli.main(arguments(on_disk, "--store", place, "--rank", "full")) == 1
+    kept = [path.name for path in (on_disk / "store" / ".profiles").iterdir()]
+    assert [name for name in kept if name.endswith(".checkpoint")] == kept
+    monkeypatch.setattr(calibrate, "_costs", costs)
+    add = calibrate._add
+    monkeypatch.setattr(calibrate, "_add", lambda *a: (calls.append(2), add(*a)))
+    assert cli.main(arguments(on_disk, "--store", place, "--rank", "full")) == 0
+    assert calls == [1]  # no text was read again
+    with krul.Store(place) as store:
+        assert store.profiles.find(model_form(model).fingerprint) is not None
+
+
+@pytest.mark.parametrize(
+    ("rank", "n_warnings"), [(None, 1), ("full", 0), ("small", 0)], ids=["default", "full", "small"]
+)
+def test_large_maps_are_told_unless_they_are_meant(model, rank, n_warnings):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        krul.Profile.fit(model, tokenizer, made_texts(), **{**OPTIONS, "rank": rank})
+    found = [one for one in found if "maps" in str(one.message)]
+    assert len(found) == n_warnings
+    for one in found:  # two layers' maps of 2 * 64 * 64 and one of 64 * 64, two bytes each
+        assert "maps will take 40,960 bytes" in str(one.message)
+        assert f"{5 * 64 * 64 / calibrate.n_parameters(model):.1%}" in str(one.message)
+        assert one.filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -393,7 +460,9 @@ def test_calibrate_writes_a_profile(on_disk, model, capsys):
         (["--out", "{}/profile", "--texts", "{}/binary"], 2, "no UTF-8 text"),
         (["--out", "{}/profile", "--texts", "{}/short"], 1, "leave 0 tokens"),
         (["--out", "{}/profile", "--rank", "none"], 2, "usage"),
-        ([], 2, "usage"),
+        (["--store", "valkey://localhost"], 2, "supports a directory"),
+        (["--store", "{}/text"], 1, "a file stands where"),
+        ([], 2, "one of --out and --store is needed"),
     ],
 )
 def test_calibrate_refuses(on_disk, capsys, more, status, words):

@@ -526,9 +526,9 @@ def test_location_of_another_type():
         Store(None)
 
 
-def test_profile_is_refused(store):
-    with pytest.raises(ValueError, match="profile is 'p' but must be None"):
-        store.open("chat", None, profile="p")
+def test_what_is_no_profile_is_refused(store):
+    with pytest.raises(TypeError, match=r"profile is b'p' but must be a krul\.Profile, a path or"):
+        store.open("chat", None, profile=b"p")
 
 
 def test_modes_and_home(tmp_path, monkeypatch):
