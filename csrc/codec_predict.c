@@ -795,27 +795,48 @@ largest_decoded(krul_dtype dtype)
     return dtype == KRUL_DTYPE_F16 ? 45000.0f : 1e38f;
 }
 
-/* Add errors up, and see that all that will come back is finite. */
+/* How much longer turning makes a pair at most, at least 1: models may scale cosine and sine. */
+static float
+largest_turn(const krul_predict *predict, const krul_rotary *rotary, int64_t token_start,
+             int64_t n_tokens)
+{
+    float largest = 1;
+    int64_t n_batch = rotary->is_per_batch ? predict->n_batch : 1;
+    for (int64_t batch = 0; batch < n_batch && rotary->convention != KRUL_ROTARY_NONE; batch++) {
+        const float *cos, *sin;
+        angles_of(predict, rotary, batch, token_start, &cos, &sin);
+        for (int64_t i = 0; i < n_tokens * rotary->n_pairs; i++) {
+            float square = cos[i] * cos[i] + sin[i] * sin[i];
+            largest = square > largest ? square : largest;
+        }
+    }
+    return sqrtf(largest);
+}
+
+/* Add errors up, and see that all that will come back is finite; limits are of K and of V. */
 static bool
 measure_rows(const krul_predict_layer *layer, const float *exact, const float *decoded,
-             int64_t n_rows, float limit, double error_out[2])
+             int64_t n_rows, const float limits[2], double error_out[2])
 {
     int64_t width = width_of(layer);
-    float largest = 0;
+    float largest[2] = {0, 0};
     for (int64_t row = 0; row < n_rows; row++, exact += width, decoded += width) {
         float error = 0, power = 0;
-        for (int64_t i = 0; i < width; i++) {
-            float difference = exact[i] - decoded[i];
-            float value = exact[i] + layer->mean[i];
-            float size = fabsf(decoded[i] + layer->mean[i]);
-            error += difference * difference;
-            power += value * value;
-            largest = size > largest ? size : largest;
+        for (int kv = 0; kv < 2; kv++) {
+            for (int64_t i = kv * width / 2; i < (kv + 1) * width / 2; i++) {
+                float difference = exact[i] - decoded[i];
+                float value = exact[i] + layer->mean[i];
+                float size = fabsf(decoded[i] + layer->mean[i]);
+                error += difference * difference;
+                power += value * value;
+                largest[kv] = size > largest[kv] ? size : largest[kv];
+            }
         }
         error_out[0] += (double)error;
         error_out[1] += (double)power;
     }
-    return largest < limit && isfinite(error_out[0]) && isfinite(error_out[1]);
+    return largest[0] < limits[0] && largest[1] < limits[1] && isfinite(error_out[0]) &&
+           isfinite(error_out[1]);
 }
 
 krul_status
@@ -893,9 +914,12 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
         KRUL_TRY(krul_blas_sgemm(predict->blas, true, false, n_rows, width, width, step,
                                  coding.coefficients, n_rows, layer->backward, width, 1.0f, decoded,
                                  width, err));
-        fits = measure_rows(layer, exact, decoded, n_rows, largest_decoded(views[0].dtype),
-                            error) &&
-               largest_decoded(views[1].dtype) >= largest_decoded(views[0].dtype);
+        const float limits[2] = {
+            largest_decoded(views[0].dtype) /
+                largest_turn(predict, &layer->rotary, token_start, n_tokens),
+            largest_decoded(views[1].dtype),
+        };
+        fits = measure_rows(layer, exact, decoded, n_rows, limits, error);
     }
     if (fits) {
         for (int64_t i = 0; i < width; i++) {

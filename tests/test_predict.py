@@ -363,7 +363,7 @@ def test_the_same_source_twice_and_sources_that_end_late():
     n_batch=st.integers(1, 2),
     convention=st.sampled_from(["none", "half", "interleaved", "partial"]),
     dtype=st.sampled_from(DTYPES),
-    step=st.sampled_from([0.01, 0.3, 1.0, 1.5874010, 3.0, 40.0]),
+    step=st.sampled_from([0.03, 0.3, 1.0, 1.5874010, 3.0, 40.0]),
     seed=st.integers(0, 2**32 - 1),
     rank=st.sampled_from([0, 0, 1, 3]),
     data=st.data(),
@@ -436,19 +436,19 @@ def test_a_coefficient_of_two_to_the_23_does_not_fit():
 def test_float16_never_overflows(convention, kv):
     """Whatever fits is finite when it comes back, however it is turned."""
     n_fit, largest = 0, 0.0
-    for seed, value in enumerate(np.linspace(20_000, 65_504, 200)):
+    for seed, value in enumerate(np.linspace(40_000, 65_504, 200)):
         profile = made_profile(1, 8, ((),), convention, 6, seed=seed)
         profile.layers[0].mean[:] = 0
         arrays = made_arrays(profile, "float16", n_tokens=6)
         arrays[0][kv][0, 0, 3, 4] = value  # one of a pair: before it was turned both were smaller
-        coded = encode(profile, arrays, 3000.0)
+        coded = encode(profile, arrays, 10_000.0)
         if coded is not None:
             n_fit += 1
             found = decode(profile, {0: coded[0][0]}, arrays)
             assert all(bool(each.isfinite().all()) for each in found[0])
             largest = max(largest, float(found[0][kv].abs().max()))
-    assert 50 < n_fit < 200
-    assert largest > 35_000
+    assert 30 < n_fit < 200
+    assert largest > 40_000
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, 9e-7, 1.1e6, np.nan, np.inf])
