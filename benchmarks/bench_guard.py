@@ -1,9 +1,9 @@
 """Does the guard keep its word? Varied conversations saved by `auto` with an English profile.
 
 Each conversation is read, saved with the default settings, opened again, and its next 128 tokens
-are scored over what came back against the exact K/V. The guard promises its limit for the tokens that
-it runs; how often the next ones keep it, too, is measured. Texts like those of the profile, code,
-other languages and scripts, numbers, random tokens and a single token over and over.
+are scored over what came back against the exact K/V. The guard promises its limit for the tokens
+that it runs; how often the next ones keep it, too, is measured. Texts like those of the profile,
+code, other languages and scripts, numbers, random tokens and a single token over and over.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_n
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
 from .history import Snapshot
+from .learn import learn
 from .manifest import DTYPE_NUMBERS
 from .model import layer_classes
 from .plan import plan
@@ -470,6 +471,7 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     seconds["commit"] = time.perf_counter() - started
     cache.created_s = result.manifest.created_s
     cache.mark_saved(result.generation, result.manifest.segments, snapshot)
+    learn(work, notes)
     n_elements, model_dtype_bytes = _kv_elements(work)
     return SaveReport(
         n_tokens=work.n_tokens,
