@@ -36,6 +36,13 @@ def store(tmp_path):
         yield store
 
 
+@pytest.fixture(autouse=True)
+def save_learns(monkeypatch):
+    """Saves learn nothing by themselves here, until `save_learns()` is called."""
+    monkeypatch.setattr("krul.save.learn", lambda work, notes: None)
+    return lambda: monkeypatch.setattr("krul.save.learn", learn)
+
+
 @pytest.fixture
 def early(monkeypatch):
     """Enough tokens for a first profile after one conversation of these tests."""
@@ -118,6 +125,16 @@ def test_sums_are_those_of_the_new_tokens(store, model):
             np.testing.assert_allclose(
                 moments.sum(name), cross, atol=2e-4 * np.abs(cross).max() + 1e-9
             )
+
+
+def test_a_save_learns(store, model, save_learns):
+    save_learns()
+    for codec, n_tokens in (("int8", N_TOKENS), ("exact", 2 * N_TOKENS)):
+        settings = krul.Settings(learn_profile=True, codec=codec)
+        with store.open(codec, model, settings=settings) as cache:
+            feed(model, cache, words(seed=n_tokens))
+            cache.save()
+        assert moments_of(store, model).n_tokens == n_tokens - 4 * n_tokens // N_TOKENS
 
 
 def test_padding_and_positions_are_minded(store, model):
