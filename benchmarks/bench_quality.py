@@ -588,7 +588,7 @@ def main() -> int:
         is_whole = False
         print("out of time; the same command goes on from here", file=sys.stderr)
 
-    order = {codec.name: index for index, codec in enumerate(codecs(bench.basis))}
+    order = {codec.name: index for index, codec in enumerate(bench.codecs)}
     details = [row for row in parts.found.values() if row["codec"] in order]
     details.sort(key=lambda row: order[row["codec"]])
     rows = means(details)
