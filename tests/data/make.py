@@ -20,6 +20,7 @@ import numpy as np
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
+from reference import predict_reference  # noqa: E402
 from reference import store_reference as reference  # noqa: E402
 
 META = {
@@ -318,13 +319,19 @@ def entropy_seed(symbols: bytes) -> bytes:
     return bytes((0, 0, 0, 0, 0, len(symbols) >> 8, len(symbols) & 255, 0)) + stream
 
 
+def column_tables() -> np.ndarray:
+    """The four tables of fuzz_codecs.c."""
+    tables = np.repeat([[16], [8], [4], [2]], 256, axis=1).astype(np.uint16)
+    tables[3, 1:255:2] = 0
+    tables[:, 127] += 4096 - tables.sum(axis=1, dtype=np.uint16)
+    return tables
+
+
 def columns_seed(n_columns: int, n_tokens: int, has_shift: bool, has_escapes: bool) -> bytes:
     """A column stream behind the same eight bytes; fuzz_codecs.c has the same tables."""
     from krul import _core
 
-    tables = np.repeat([[16], [8], [4], [2]], 256, axis=1).astype(np.uint16)
-    tables[3, 1:255:2] = 0
-    tables[:, 127] += 4096 - tables.sum(axis=1, dtype=np.uint16)
+    tables = column_tables()
     first_class = 2
     classes = [255 if i % 4 == 3 else (first_class + i) % 8 for i in range(n_columns)]
     shifts = np.array([i % 7 - 3 if i % 5 == 4 else 0 for i in range(n_tokens)], np.int8)
@@ -337,6 +344,43 @@ def columns_seed(n_columns: int, n_tokens: int, has_shift: bool, has_escapes: bo
     about = (tables, np.array(classes, np.uint8), shifts if has_shift else None)
     stream = bytes(_core.entropy_encode_columns(values, *about))
     return bytes((7, has_shift, 0, 0, 0, n_tokens, n_columns, first_class)) + stream
+
+
+def predict_seed(n_tokens: int, dtype: int, step: float) -> bytes:
+    """A chain of two layers behind the same eight bytes; fuzz_codecs.c has the same profile."""
+    width, dim = 8, 4
+    number = np.arange(width)
+    quarters = np.array([1.0, 0, -1, 0])
+    place = np.arange(n_tokens * 2).reshape(n_tokens, 2) % 3
+    half = np.zeros((width, width))
+    half[number, (number + 1) % width] = 0.5
+    layers = [
+        predict_reference.Layer(
+            n_heads=1,
+            head_dim=dim,
+            mean=0.25 * number,
+            deviation=4.0 / (1 << number // 2),
+            forward=np.eye(width),
+            backward=np.eye(width),
+            sources=(0,) * index,
+            maps=half if index else None,
+            convention="half",
+            cos=quarters[place],
+            sin=quarters[place + 1],
+        )
+        for index in (0, 1)
+    ]
+    profile = predict_reference.Profile(column_tables(), 1, layers)
+    decoded: dict[int, np.ndarray] = {}
+    payloads = []
+    for index, layer in enumerate(layers):
+        both = values(n_tokens, dim, 1) * (1 + 2 * index)
+        rows = predict_reference.to_rows(layer, both[:, :1], both[:, 1:])
+        payload, decoded[index] = predict_reference.encode(profile, index, rows, decoded, step)
+        payloads.append(payload)
+    n_first = len(payloads[0])
+    choice = (8, 0, dtype - 1, 0, n_first >> 8, n_tokens - 1, n_first & 255, 0)
+    return bytes(choice) + b"".join(payloads)
 
 
 def files() -> dict[Path, bytes]:
@@ -371,6 +415,12 @@ def files() -> dict[Path, bytes]:
         "columns-escapes": (3, 45, True, True),
     }.items():
         found[corpus / "codecs" / name] = columns_seed(*about)
+    for name, how in {
+        "predict-fine": (40, 1, 0.03125),
+        "predict-coarse": (33, 2, 0.5),
+        "predict-short": (3, 3, 0.25),
+    }.items():
+        found[corpus / "codecs" / name] = predict_seed(*how)
     return found
 
 

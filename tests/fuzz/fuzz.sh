@@ -31,6 +31,9 @@ mkdir -p "$out"
 flags=(-std=c11 -D_GNU_SOURCE -O1 -g -ffp-contract=off -pthread -Icsrc
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
     -Wall -Wextra -Wshadow -Wvla -Werror)
+# Products for fuzz_codecs.c, without sanitizers, as real libraries are.
+"$compiler" -std=c11 -O1 -fPIC -shared -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t \
+    tests/c/stub_blas.c -o "$out/libstub_cblas.so"
 for name in "${names[@]}"; do
     sources=("tests/fuzz/fuzz_$name.c" csrc/*.c csrc/kernels/*.c)
     if [[ -n $seconds ]]; then

@@ -3,13 +3,15 @@
  *
  * The first eight bytes of an input choose what is decoded; tests/data/make.py writes seeds in the
  * same form. */
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "krul.h"
 
 enum {
-    AT_CODEC = 0, /* 0: an entropy stream; a krul_codec; one more: a column stream */
+    AT_CODEC = 0, /* 0: an entropy stream; a krul_codec; 7: a column stream; 8: a predict chain */
     AT_KV = 1,
     AT_DTYPE = 2,
     AT_N_BATCH = 3,
@@ -161,11 +163,9 @@ enum {
 
 /* Four tables: flat, and ever steeper about the symbol of 0, the last without odd symbols below 255;
  * tests/data/make.py has the same. */
-static krul_entropy_tables *
-make_column_tables(void)
+static void
+fill_column_tables(krul_entropy_table made[N_COLUMN_TABLES])
 {
-    krul_entropy_table made[N_COLUMN_TABLES];
-    krul_entropy_tables *tables = NULL;
     for (int table = 0; table < N_COLUMN_TABLES; table++) {
         int sum = 0;
         for (int symbol = 0; symbol < 256; symbol++) {
@@ -175,8 +175,6 @@ make_column_tables(void)
         }
         made[table].frequency[127] = (uint16_t)(made[table].frequency[127] + 4096 - sum);
     }
-    need(krul_entropy_tables_new(made, N_COLUMN_TABLES, &tables, NULL) == KRUL_STATUS_OK);
-    return tables;
 }
 
 /* Classes count up from AT_WANTED, every fourth column without symbols; where AT_KV is odd every
@@ -191,8 +189,11 @@ fuzz_columns(const uint8_t *bytes, size_t n_bytes)
         column_class[i] = i % 4 == 3 ? 255 : (uint8_t)((bytes[AT_WANTED] + i) % 8);
     }
     int8_t *token_shift = malloc(n_tokens + 1); /* no more than that, to be seen by a sanitizer */
-    krul_entropy_tables *tables = make_column_tables();
+    krul_entropy_table made[N_COLUMN_TABLES];
+    krul_entropy_tables *tables = NULL;
     need(token_shift != NULL);
+    fill_column_tables(made);
+    need(krul_entropy_tables_new(made, N_COLUMN_TABLES, &tables, NULL) == KRUL_STATUS_OK);
     for (size_t i = 0; i < n_tokens; i++) {
         token_shift[i] = (int8_t)(i % 5 == 4 ? (int)(i % 7) - 3 : 0);
     }
@@ -226,18 +227,171 @@ fuzz_columns(const uint8_t *bytes, size_t n_bytes)
     krul_entropy_tables_free(tables);
 }
 
+/* ---- predict ---- */
+
+enum {
+    PREDICT_CHOICE = COLUMNS_CHOICE + 1,
+    N_PREDICT_LAYERS = 2,
+    PREDICT_DIM = 4,
+    PREDICT_WIDTH = 2 * PREDICT_DIM,
+    MAX_PREDICT_TOKENS = 40,
+    N_PREDICT_PAIRS = 2,
+    PREDICT_UNIT_TABLE = 1,
+};
+
+/* A profile whose numbers are exact: the first layer has no source, the second half of the first;
+ * keys are turned by quarters of a circle. tests/data/make.py has the same. */
+typedef struct tiny_profile {
+    float unit[PREDICT_WIDTH * PREDICT_WIDTH], half[PREDICT_WIDTH * PREDICT_WIDTH];
+    float mean[PREDICT_WIDTH], deviation[PREDICT_WIDTH];
+    float cos[MAX_PREDICT_TOKENS * N_PREDICT_PAIRS], sin[MAX_PREDICT_TOKENS * N_PREDICT_PAIRS];
+    krul_predict_layer layers[N_PREDICT_LAYERS];
+} tiny_profile;
+
+static void
+fill_profile(tiny_profile *made)
+{
+    static const float quarters[5] = {1, 0, -1, 0, 1};
+    memset(made, 0, sizeof *made);
+    for (int i = 0; i < PREDICT_WIDTH; i++) {
+        made->unit[i * PREDICT_WIDTH + i] = 1;
+        made->half[i * PREDICT_WIDTH + (i + 1) % PREDICT_WIDTH] = 0.5f;
+        made->mean[i] = 0.25f * (float)i;
+        made->deviation[i] = 4.0f / (float)(1 << i / 2);
+    }
+    for (int i = 0; i < MAX_PREDICT_TOKENS * N_PREDICT_PAIRS; i++) {
+        made->cos[i] = quarters[i % 3];
+        made->sin[i] = quarters[i % 3 + 1];
+    }
+    for (int i = 0; i < N_PREDICT_LAYERS; i++) {
+        made->layers[i] = (krul_predict_layer){
+            .n_heads = 1,
+            .head_dim = PREDICT_DIM,
+            .n_sources = i,
+            .mean = made->mean,
+            .deviation = made->deviation,
+            .backward = made->unit,
+            .maps = made->half,
+            .rotary = {.convention = KRUL_ROTARY_HALF,
+                       .n_pairs = N_PREDICT_PAIRS,
+                       .cos = made->cos,
+                       .sin = made->sin},
+        };
+    }
+}
+
+/* The products of a stub that is built beside this program. */
+static const krul_blas *
+find_blas(void)
+{
+    static krul_blas *blas; /* for good */
+    if (blas == NULL) {
+        char path[PATH_MAX + 32];
+        ssize_t n_bytes = readlink("/proc/self/exe", path, PATH_MAX - 1);
+        need(n_bytes > 0);
+        path[n_bytes] = '\0';
+        strcpy(strrchr(path, '/'), "/libstub_cblas.so");
+        need(krul_blas_open(path, &blas, NULL) == KRUL_STATUS_OK);
+    }
+    return blas;
+}
+
+/* Two layers of one chain: AT_N_HEADS and AT_HEAD_DIM say how many bytes are the first's. */
+static void
+fuzz_predict(const uint8_t *bytes, size_t n_bytes)
+{
+    krul_dtype dtype = (krul_dtype)(bytes[AT_DTYPE] % 3 + 1);
+    int64_t n_batch = bytes[AT_N_BATCH] % 2 + 1;
+    int64_t n_tokens = bytes[AT_N_TOKENS] % MAX_PREDICT_TOKENS + 1;
+    size_t n_given = n_bytes - CHOICE_BYTES;
+    size_t n_first = (size_t)bytes[AT_N_HEADS] << 8 | bytes[AT_HEAD_DIM];
+    n_first = n_first < n_given ? n_first : n_given;
+    const size_t lengths[N_PREDICT_LAYERS] = {n_first, n_given - n_first};
+    size_t view_bytes = (size_t)(n_batch * n_tokens * PREDICT_DIM) * krul_dtype_bytes(dtype);
+    size_t all_bytes = N_PREDICT_LAYERS * 2 * view_bytes;
+    tiny_profile profile;
+    krul_entropy_table tables[N_COLUMN_TABLES];
+    fill_profile(&profile);
+    fill_column_tables(tables);
+    krul_predict_options options = {
+        .blas = find_blas(),
+        .tables = tables,
+        .n_tables = N_COLUMN_TABLES,
+        .unit_table = PREDICT_UNIT_TABLE,
+        .n_layers = N_PREDICT_LAYERS,
+        .layers = profile.layers,
+        .n_batch = n_batch,
+        .n_tokens = MAX_PREDICT_TOKENS,
+    };
+    uint8_t *first = NULL;
+    krul_status first_status[N_PREDICT_LAYERS] = {KRUL_STATUS_OK, KRUL_STATUS_OK};
+    for (int i = 0; i < krul_backend_count(); i++) {
+        const krul_backend *backend = krul_backend_at(i);
+        if (!krul_backend_is_usable(backend)) {
+            continue;
+        }
+        krul_predict *predict = NULL;
+        uint8_t *data = calloc(1, all_bytes);
+        krul_status status = KRUL_STATUS_OK;
+        need(data != NULL && krul_predict_new(&options, &predict, NULL) == KRUL_STATUS_OK);
+        for (int layer = 0; layer < N_PREDICT_LAYERS && status == KRUL_STATUS_OK; layer++) {
+            krul_view views[2];
+            for (int kv = 0; kv < 2; kv++) {
+                bool is_wanted = (bytes[AT_WANTED] >> (2 * layer + kv) & 1) == 0;
+                uint8_t *here = data + (size_t)(2 * layer + kv) * view_bytes;
+                views[kv] = (krul_view){
+                    .data = is_wanted ? here : NULL,
+                    .dtype = dtype,
+                    .device_type = KRUL_DEVICE_CPU,
+                    .shape = {n_batch, 1, n_tokens, PREDICT_DIM},
+                    .stride = {n_tokens * PREDICT_DIM, n_tokens * PREDICT_DIM, PREDICT_DIM, 1},
+                };
+            }
+            /* In memory of its own, so that a sanitizer sees a byte too far. */
+            uint8_t *payload = malloc(lengths[layer] + 1);
+            need(payload != NULL);
+            uint8_t *at = payload + 1; /* not aligned to anything */
+            memcpy(at, bytes + CHOICE_BYTES + (layer == 0 ? 0 : n_first), lengths[layer]);
+            krul_error err = {0};
+            status = krul_predict_decode(backend, predict, layer, 0, n_tokens, at, lengths[layer],
+                                         views, &err);
+            need_known(status, &err);
+            free(payload);
+            for (int kv = 0; kv < 2; kv++) {
+                bool is_untouched = views[kv].data == NULL || status != KRUL_STATUS_OK;
+                for (size_t k = 0; is_untouched && k < view_bytes; k++) {
+                    need(data[(size_t)(2 * layer + kv) * view_bytes + k] == 0);
+                }
+            }
+            need(first == NULL || status == first_status[layer]);
+            first_status[layer] = status;
+        }
+        krul_predict_free(predict);
+        if (first == NULL) {
+            first = data;
+            continue;
+        }
+        need(are_same(data, first, all_bytes, dtype));
+        free(data);
+    }
+    free(first);
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n_bytes)
 {
     if (n_bytes < CHOICE_BYTES) {
         return 0;
     }
-    int choice = bytes[AT_CODEC] % (COLUMNS_CHOICE + 1);
+    int choice = bytes[AT_CODEC] % (PREDICT_CHOICE + 1);
     if (choice == 0) {
         fuzz_entropy(bytes, n_bytes);
     }
     else if (choice == COLUMNS_CHOICE) {
         fuzz_columns(bytes, n_bytes);
+    }
+    else if (choice == PREDICT_CHOICE) {
+        fuzz_predict(bytes, n_bytes);
     }
     else {
         fuzz_codec(bytes, n_bytes, (krul_codec)choice);
