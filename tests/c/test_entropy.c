@@ -305,6 +305,10 @@ test_column_arguments(krul_entropy_tables *tables)
     CHECK(krul_entropy_tables_new(column_tables, 2, &none, &err) == KRUL_STATUS_BAD_VALUE);
     CHECK(strstr(err.message, "table 1") != NULL && none == NULL);
     column_tables[1].frequency[9]++;
+    krul_entropy_table alone = {{0}};
+    alone.frequency[255] = 4096; /* twelve bits of a slot do not hold it */
+    CHECK(krul_entropy_tables_new(&alone, 1, &none, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "its largest frequency is 4096") != NULL && none == NULL);
     CHECK(krul_entropy_columns_bound(-1, 1) == 0 && krul_entropy_columns_bound(1, -1) == 0);
     CHECK(krul_entropy_columns_bound(INT64_MAX, 2) == 0);
     CHECK(krul_entropy_columns_bound(1 << 15, (1 << 14) + 1) == 0);
