@@ -2,18 +2,25 @@
 
 What is kept of a conversation's new tokens are moments, in the tenant's own folder; nobody else is
 given what was learned from them. `learn` is called by a save, after all else, and cannot fail it.
+The fit, seconds to minutes of one processor, goes on in the background.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from . import arrays
-from .calibrate import count_tables
+from .cache import _yield_processors
+from .calibrate import count_tables, n_parameters, value_metrics
 from .errors import CorruptionError, FormatError
 from .fingerprint import Fingerprint, fingerprint
 from .layer import outside_autograd
@@ -26,13 +33,13 @@ from .moments import (
     model_form,
     n_bytes_of,
 )
-from .profile import Profile
-from .profiles import locked, moments_name
+from .profile import solve
+from .profiles import Profiles, locked, moments_name
 
 if TYPE_CHECKING:
     from .encode import Work
 
-__all__ = ["learn"]
+__all__ = ["learn", "wait"]
 
 _LOCK_NAME = "moments.lock"
 
@@ -42,7 +49,12 @@ _FIRST = 16
 _LAST = 1024
 # Every save that learns reads and writes the file of moments.
 _MAX_MOMENTS_BYTES = 1 << 29
-_TABLE_TOKENS = 2048
+# Of the save that is the last before a fit: what the frequency tables are counted of.
+_TABLE_TOKENS = 512
+
+_background: ThreadPoolExecutor | None = None
+_fits: set[Future[None]] = set()
+_fits_lock = threading.Lock()
 
 
 def learn(work: Work, notes: list[str]) -> None:
@@ -57,8 +69,10 @@ def learn(work: Work, notes: list[str]) -> None:
 
     Notes
     -----
-    Reads and writes the model's file of moments, 100 MB for a model with 30 layers of width 384,
-    and holds it in memory meanwhile. A fit takes one eigenvalue decomposition per layer.
+    Reads and writes the model's file of moments, 106 MB for SmolLM2-135M with its 30 layers of
+    width 384, and holds it in memory meanwhile: about a second. The fit is a thread of its own, one
+    for the process, which gives way to all others; the end of the process waits for it, and `wait`
+    does. Where it fails there is a warning, and the next one comes with twice as many tokens.
     """
     if not work.settings.learn_profile or work.n_new_tokens < 1:
         return
@@ -93,11 +107,62 @@ def _learn(work: Work) -> str:
     if not is_time:
         return note
     sensitivities = None if newest is None else newest.sensitivities
-    profile = Profile.from_moments(moments, work.model, sensitivities=sensitivities)
-    profile = profile.with_tables(count_tables(profile, rows))
-    profiles.add(profile, is_own=True)
-    made = f"a profile was learned from {moments.n_tokens:,} tokens: {profile.digest[:12]}"
+    # The model is asked now: what its owner does with it later is not the fit's business.
+    metrics, size = value_metrics(work.model, moments.form), n_parameters(work.model)
+    _start(lambda: _fit(profiles, moments, metrics, size, sensitivities, rows))
+    made = f"a profile is being learned from {moments.n_tokens:,} tokens"
     return f"{note}; {made}" if note else made
+
+
+def _fit(
+    profiles: Profiles,
+    moments: Moments,
+    metrics: Mapping[int, np.ndarray],
+    n_weights: int,
+    sensitivities: np.ndarray | None,
+    rows: Mapping[int, torch.Tensor],
+) -> None:
+    try:
+        with outside_autograd():
+            profile = solve(moments, metrics, n_weights, sensitivities=sensitivities)
+            profile = profile.with_tables(count_tables(profile, rows))
+        profiles.add(profile, is_own=True)
+    except Exception as error:
+        warnings.warn(
+            f"no profile was learned from {moments.n_tokens:,} tokens: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _start(fit: Callable[[], None]) -> None:
+    global _background
+    with _fits_lock:
+        if _background is None:
+            _background = ThreadPoolExecutor(
+                1, thread_name_prefix="krul-learn", initializer=_yield_processors
+            )
+        future = _background.submit(fit)
+        _fits.add(future)
+    future.add_done_callback(_fits.discard)
+
+
+def _forget_fits() -> None:
+    """In a forked child, which has the parent's books but not its threads."""
+    global _background, _fits_lock
+    _background, _fits_lock = None, threading.Lock()
+    _fits.clear()
+
+
+os.register_at_fork(after_in_child=_forget_fits)
+
+
+def wait() -> None:
+    """Wait until no fit is under way."""
+    with _fits_lock:
+        under_way = list(_fits)
+    wait_for(under_way)
 
 
 def _load(path: str, present: Fingerprint, model: Any) -> tuple[Moments | None, int, str]:
