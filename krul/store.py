@@ -684,6 +684,7 @@ class Store:
     max_bytes : int or None
         A save that would leave this tenant with more fails with `StoreFullError`, and the old
         version stands. Saves of several conversations at one instant may pass it together.
+        Profiles, and what they are learned from, are not counted.
     ttl_s : float or None
         `gc` removes conversations that were last saved longer ago, in seconds.
     tenant : str

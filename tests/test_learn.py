@@ -184,6 +184,18 @@ def test_queries_come_from_the_estimator(store, model):
         np.testing.assert_allclose(moments.sum(f"{index} queries") / (N_TOKENS - 4), mean)
 
 
+def test_queries_after_rotation_are_left_out(store, model):
+    with store.open("chat", model, settings=SETTINGS) as cache:
+        feed(model, cache, words())
+        work = work_of(cache)
+        seen = dataclasses.replace(work.similarity, is_pre_rotary=(True, False, True, True))
+        learn(dataclasses.replace(work, similarity=seen), [])
+    moments = moments_of(store, model)
+    counts = [moments.sum(f"{index} query count")[0] for index in range(4)]
+    assert counts == [N_TOKENS - 4, 0, N_TOKENS - 4, N_TOKENS - 4]
+    assert not moments.sum("1 queries").any()
+
+
 def test_without_an_estimator_there_are_no_queries(store, model):
     settings = dataclasses.replace(SETTINGS, estimator_rows=0)
     with store.open("chat", model, settings=settings) as cache:

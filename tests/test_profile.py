@@ -308,6 +308,13 @@ def test_frequency_table_of_one_symbol():
     assert table[[127, 255]].tolist() == [1, TABLE_TOTAL - 1]
 
 
+def test_rare_symbols_count_for_the_escape():
+    counts = np.zeros(N_SYMBOLS)
+    counts[127], counts[:100] = TABLE_TOTAL - 10, 0.1
+    table = frequency_table(counts)
+    assert table[[127, 255]].tolist() == [TABLE_TOTAL - 10, 10]
+
+
 def bits_of(counts, table):
     """What symbols take, 8 bits more where they are written as escapes."""
     is_escape = table == 0
