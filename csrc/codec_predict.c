@@ -37,6 +37,7 @@ typedef struct predict_chain {
     int64_t token_start;
     int64_t n_rows;
     chain_layer *layers;
+    pthread_mutex_t lock; /* who codes a chain from two threads is told so, and breaks nothing */
 } predict_chain;
 
 struct krul_predict {
@@ -217,6 +218,7 @@ free_chain(krul_predict *predict, predict_chain *chain)
         free(chain->layers[i].decoded);
     }
     free(chain->layers);
+    pthread_mutex_destroy(&chain->lock);
     free(chain);
 }
 
@@ -242,7 +244,7 @@ krul_predict_free(krul_predict *predict)
 
 /* ---- chains ------------------------------------------------------------------------------------ */
 
-/* The chain of a run of tokens, begun if there is none. */
+/* The chain of a run of tokens, begun if there is none; *out is written only if all is well. */
 static krul_status
 find_chain(krul_predict *predict, int64_t token_start, int64_t n_rows, predict_chain **out,
            krul_error *err)
@@ -264,6 +266,7 @@ find_chain(krul_predict *predict, int64_t token_start, int64_t n_rows, predict_c
                                (int)predict->n_layers);
             goto done;
         }
+        pthread_mutex_init(&chain->lock, NULL);
         chain->token_start = token_start;
         chain->n_rows = n_rows;
         chain->next = predict->chains;
@@ -692,11 +695,12 @@ choose_shifts(const krul_predict *predict, predict_coding *coding)
             continue;
         }
         const int32_t *values = coding->values + column * n_rows;
-        const float(*costs)[SHIFT_FLOATS] = predict->shift_costs[coding->classes[column]];
+        const float *costs = predict->shift_costs[coding->classes[column]][0];
         float *n_bits = coding->shift_bits;
         for (int64_t row = 0; row < n_rows; row++, n_bits += SHIFT_FLOATS) {
             uint32_t symbol = (uint32_t)values[row] + KRUL_ENTROPY_ZERO;
-            const float *more = costs[symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE];
+            symbol = symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE;
+            const float *more = costs + symbol * SHIFT_FLOATS;
             for (int i = 0; i < SHIFT_FLOATS; i++) {
                 n_bits[i] += more[i];
             }
@@ -920,6 +924,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
                          "capacity_bytes is %zu but the block may need %zu", capacity_bytes, bound);
     }
     KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    pthread_mutex_lock(&chain->lock);
     exact = new_floats(n_rows, width, err);
     decoded = new_floats(n_rows, width, err);
     residual = new_floats(n_rows, width, err);
@@ -969,6 +974,9 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     error_out[0] = error[0];
     error_out[1] = error[1];
 done:
+    if (chain != NULL) {
+        pthread_mutex_unlock(&chain->lock);
+    }
     free_coding(&coding);
     free(exact);
     free(decoded);
@@ -1054,6 +1062,7 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     const krul_predict_layer *layer = &predict->layers[index];
     int64_t width = width_of(layer), n_rows = predict->n_batch * n_tokens;
     KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    pthread_mutex_lock(&chain->lock);
     decoded = new_floats(n_rows, width, err);
     if (decoded == NULL || !new_coding(&coding, width, n_rows, false)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
@@ -1078,6 +1087,9 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     settle(predict, chain, index, decoded);
     decoded = NULL;
 done:
+    if (chain != NULL) {
+        pthread_mutex_unlock(&chain->lock);
+    }
     free_coding(&coding);
     free(decoded);
     return status;
