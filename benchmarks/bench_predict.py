@@ -5,7 +5,7 @@ before it. The profile is a random one and the data are drawn as it expects them
 1 gives about 1.2 bits per number; every decoded block is compared with what the encoder promised.
 
 The time of the parts is that of the same products, and of column streams with the same numbers,
-measured alone. Conversion is the rest: rotation, rounding to the dtype, classes, shifts, memory.
+measured alone. Conversion is what is left: rotation, rounding to the dtype, side information.
 
     python -m benchmarks.bench_predict [--json FILE] [--quick]
 """

@@ -18,6 +18,7 @@ enum {
     N_SYMBOLS = 256,
     MAX_SHIFT = 4, /* classes that a token may lie above or below its components' */
     N_SHIFTS = 2 * MAX_SHIFT + 1,
+    SHIFT_FLOATS = 12, /* N_SHIFTS, filled up to whole vectors of four */
     MAX_RICE_BITS = 7,
     LEVELS_PER_OCTAVE = 3,
 };
@@ -36,12 +37,14 @@ typedef struct predict_chain {
     int64_t token_start;
     int64_t n_rows;
     chain_layer *layers;
+    pthread_mutex_t lock; /* who codes a chain from two threads is told so, and breaks nothing */
 } predict_chain;
 
 struct krul_predict {
     const krul_blas *blas;
     krul_entropy_tables *tables;
     float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
+    float (*shift_costs)[N_SYMBOLS][SHIFT_FLOATS]; /* the same by class and shift; for encoding */
     int32_t n_tables;
     int32_t unit_table;
     int32_t n_layers;
@@ -123,6 +126,21 @@ fill_costs(const krul_entropy_table *table, float costs[N_SYMBOLS])
     }
 }
 
+/* Bits of each symbol of a class under every shift, side by side: a value looks in one place. */
+static void
+fill_shift_costs(const krul_predict *predict, int32_t own_class,
+                 float shift_costs[N_SYMBOLS][SHIFT_FLOATS])
+{
+    memset(shift_costs, 0, N_SYMBOLS * sizeof *shift_costs);
+    for (int32_t shift = 0; shift < N_SHIFTS; shift++) {
+        int64_t table = own_class + shift - MAX_SHIFT;
+        table = krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
+        for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
+            shift_costs[symbol][shift] = predict->costs[table][symbol];
+        }
+    }
+}
+
 krul_status
 krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_error *err)
 {
@@ -151,15 +169,28 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
     pthread_mutex_init(&made->lock, NULL);
     KRUL_TRY(krul_entropy_tables_new(options->tables, options->n_tables, &made->tables, err));
     size_t n_layers = (size_t)options->n_layers;
+    bool is_encoding = false;
+    for (size_t i = 0; i < n_layers; i++) {
+        const krul_predict_layer *layer = &options->layers[i];
+        is_encoding = is_encoding || (layer->n_heads > 0 && layer->forward != NULL);
+    }
     made->costs = malloc((size_t)options->n_tables * sizeof *made->costs);
     made->layers = malloc(n_layers * sizeof *made->layers);
     made->n_users = calloc(n_layers, sizeof *made->n_users);
-    if (made->costs == NULL || made->layers == NULL || made->n_users == NULL) {
+    if (is_encoding) {
+        made->shift_costs = malloc((size_t)options->n_tables * sizeof *made->shift_costs);
+    }
+    if (made->costs == NULL || made->layers == NULL || made->n_users == NULL ||
+        (is_encoding && made->shift_costs == NULL)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %zu layers", n_layers);
         goto done;
     }
     for (int32_t i = 0; i < options->n_tables; i++) {
         fill_costs(&options->tables[i], made->costs[i]);
+    }
+    made->n_tables = options->n_tables;
+    for (int32_t i = 0; i < options->n_tables && is_encoding; i++) {
+        fill_shift_costs(made, i, made->shift_costs[i]);
     }
     memcpy(made->layers, options->layers, n_layers * sizeof *made->layers);
     for (size_t i = 0; i < n_layers; i++) {
@@ -168,7 +199,6 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         }
     }
     made->blas = options->blas;
-    made->n_tables = options->n_tables;
     made->unit_table = options->unit_table;
     made->n_layers = options->n_layers;
     made->n_batch = options->n_batch;
@@ -188,6 +218,7 @@ free_chain(krul_predict *predict, predict_chain *chain)
         free(chain->layers[i].decoded);
     }
     free(chain->layers);
+    pthread_mutex_destroy(&chain->lock);
     free(chain);
 }
 
@@ -205,6 +236,7 @@ krul_predict_free(krul_predict *predict)
     pthread_mutex_destroy(&predict->lock);
     krul_entropy_tables_free(predict->tables);
     free(predict->costs);
+    free(predict->shift_costs);
     free(predict->layers);
     free(predict->n_users);
     free(predict);
@@ -212,7 +244,7 @@ krul_predict_free(krul_predict *predict)
 
 /* ---- chains ------------------------------------------------------------------------------------ */
 
-/* The chain of a run of tokens, begun if there is none. */
+/* The chain of a run of tokens, begun if there is none; *out is written only if all is well. */
 static krul_status
 find_chain(krul_predict *predict, int64_t token_start, int64_t n_rows, predict_chain **out,
            krul_error *err)
@@ -234,6 +266,7 @@ find_chain(krul_predict *predict, int64_t token_start, int64_t n_rows, predict_c
                                (int)predict->n_layers);
             goto done;
         }
+        pthread_mutex_init(&chain->lock, NULL);
         chain->token_start = token_start;
         chain->n_rows = n_rows;
         chain->next = predict->chains;
@@ -563,7 +596,7 @@ typedef struct predict_coding {
     uint8_t *classes; /* width */
     int8_t *shifts; /* n_rows */
     uint32_t *folded; /* width, then n_rows */
-    float *shift_bits; /* N_SHIFTS x n_rows */
+    float *shift_bits; /* n_rows x SHIFT_FLOATS */
 } predict_coding;
 
 static void
@@ -590,7 +623,7 @@ new_coding(predict_coding *coding, int64_t width, int64_t n_rows, bool is_encodi
     if (is_encoding) {
         coding->values = malloc(n_columns * rows * sizeof *coding->values);
         coding->folded = malloc((n_columns + rows) * sizeof *coding->folded);
-        coding->shift_bits = malloc(N_SHIFTS * rows * sizeof *coding->shift_bits);
+        coding->shift_bits = malloc(rows * SHIFT_FLOATS * sizeof *coding->shift_bits);
     }
     return coding->coefficients != NULL && coding->classes != NULL && coding->shifts != NULL &&
            (!is_encoding ||
@@ -656,31 +689,32 @@ static void
 choose_shifts(const krul_predict *predict, predict_coding *coding)
 {
     int64_t n_rows = coding->n_rows;
-    memset(coding->shift_bits, 0, N_SHIFTS * (size_t)n_rows * sizeof *coding->shift_bits);
+    memset(coding->shift_bits, 0, (size_t)n_rows * SHIFT_FLOATS * sizeof *coding->shift_bits);
     for (int64_t column = 0; column < coding->width; column++) {
         if (coding->classes[column] == KRUL_ENTROPY_NO_SYMBOLS) {
             continue;
         }
         const int32_t *values = coding->values + column * n_rows;
-        for (int shift = 0; shift < N_SHIFTS; shift++) {
-            int64_t table = coding->classes[column] + shift - MAX_SHIFT;
-            table = krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
-            const float *costs = predict->costs[table];
-            float *n_bits = coding->shift_bits + shift * n_rows;
-            for (int64_t i = 0; i < n_rows; i++) {
-                uint32_t symbol = (uint32_t)(values[i] + KRUL_ENTROPY_ZERO);
-                n_bits[i] += costs[symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE];
+        const float *costs = predict->shift_costs[coding->classes[column]][0];
+        float *n_bits = coding->shift_bits;
+        for (int64_t row = 0; row < n_rows; row++, n_bits += SHIFT_FLOATS) {
+            uint32_t symbol = (uint32_t)values[row] + KRUL_ENTROPY_ZERO;
+            symbol = symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE;
+            const float *more = costs + symbol * SHIFT_FLOATS;
+            for (int i = 0; i < SHIFT_FLOATS; i++) {
+                n_bits[i] += more[i];
             }
         }
     }
-    for (int64_t i = 0; i < n_rows; i++) {
+    for (int64_t row = 0; row < n_rows; row++) {
         float best_bits = INFINITY;
         for (int shift = 0; shift < N_SHIFTS; shift++) {
             /* What telling a shift costs is about its size in bits. */
-            float n_bits = coding->shift_bits[shift * n_rows + i] + (float)abs(shift - MAX_SHIFT);
+            float n_bits = coding->shift_bits[row * SHIFT_FLOATS + shift] +
+                           (float)abs(shift - MAX_SHIFT);
             if (n_bits < best_bits) {
                 best_bits = n_bits;
-                coding->shifts[i] = (int8_t)(shift - MAX_SHIFT);
+                coding->shifts[row] = (int8_t)(shift - MAX_SHIFT);
             }
         }
     }
@@ -870,7 +904,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     krul_status status = KRUL_STATUS_OK;
     predict_coding coding = {0};
     predict_chain *chain = NULL;
-    float *exact = NULL, *decoded = NULL;
+    float *exact = NULL, *decoded = NULL, *residual = NULL;
     size_t bound, stream_bytes;
     int64_t n_tokens = views[0].shape[2];
     KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, false, err));
@@ -890,24 +924,26 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
                          "capacity_bytes is %zu but the block may need %zu", capacity_bytes, bound);
     }
     KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    pthread_mutex_lock(&chain->lock);
     exact = new_floats(n_rows, width, err);
     decoded = new_floats(n_rows, width, err);
-    if (exact == NULL || decoded == NULL || !new_coding(&coding, width, n_rows, true)) {
+    residual = new_floats(n_rows, width, err);
+    if (exact == NULL || decoded == NULL || residual == NULL ||
+        !new_coding(&coding, width, n_rows, true)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
                            (long long)n_rows, (long long)width);
         goto done;
     }
     load_rows(backend, predict, layer, token_start, views, exact);
     KRUL_TRY(predict_rows(predict, chain, index, decoded, err));
-    /* coefficients = forward^T (exact - prediction)^T: two products, so that no third array of rows
-     * is needed. */
-    KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, 1.0f, layer->forward,
-                             width, exact, width, 0.0f, coding.coefficients, n_rows, err));
     if (layer->n_sources > 0) {
-        KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, -1.0f,
-                                 layer->forward, width, decoded, width, 1.0f, coding.coefficients,
-                                 n_rows, err));
+        for (int64_t i = 0; i < n_rows * width; i++) {
+            residual[i] = exact[i] - decoded[i];
+        }
     }
+    KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, 1.0f, layer->forward,
+                             width, layer->n_sources > 0 ? residual : exact, width, 0.0f,
+                             coding.coefficients, n_rows, err));
     double error[2] = {0, 0};
     bool fits = quantise(&coding, step);
     if (fits) {
@@ -938,9 +974,13 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     error_out[0] = error[0];
     error_out[1] = error[1];
 done:
+    if (chain != NULL) {
+        pthread_mutex_unlock(&chain->lock);
+    }
     free_coding(&coding);
     free(exact);
     free(decoded);
+    free(residual);
     return status;
 }
 
@@ -1022,6 +1062,7 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     const krul_predict_layer *layer = &predict->layers[index];
     int64_t width = width_of(layer), n_rows = predict->n_batch * n_tokens;
     KRUL_TRY(find_chain(predict, token_start, n_rows, &chain, err));
+    pthread_mutex_lock(&chain->lock);
     decoded = new_floats(n_rows, width, err);
     if (decoded == NULL || !new_coding(&coding, width, n_rows, false)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
@@ -1046,6 +1087,9 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     settle(predict, chain, index, decoded);
     decoded = NULL;
 done:
+    if (chain != NULL) {
+        pthread_mutex_unlock(&chain->lock);
+    }
     free_coding(&coding);
     free(decoded);
     return status;
