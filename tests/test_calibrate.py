@@ -154,7 +154,7 @@ def test_the_model_is_left_as_it_was(model):
 @pytest.mark.parametrize("name", workable())
 def test_every_family_is_learned_or_refused(name):
     model = tiny(name)
-    options = {"context_tokens": 600, "sensitivity_texts": 1, "progress": False}
+    options = {"context_tokens": 600, "sensitivity_texts": 1, "progress": False, "rank": "full"}
     texts = made_texts(2, 600)
     if name in WITHOUT | LATENT and model_layers(model) == 0:
         with pytest.raises(krul.UnsupportedModelError, match="no layer can be learned"):
