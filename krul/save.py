@@ -287,29 +287,31 @@ def _select(
     encoder = Encoder(work)
     n_guard = _n_guard(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
-    if settings.codec in ("auto", "predict") and (n_guard > 0 or not settings.guard_tokens):
+    encoded: list[Encoded] = []
+    if settings.codec in ("auto", "predict"):
 
         def measure(strategy: Strategy) -> tuple[list[Encoded], guard.Verdict]:
             started = time.perf_counter()
-            encoded = encoder.encode(strategy)
+            made = encoder.encode(strategy)
             seconds["encode"] += time.perf_counter() - started
+            if not settings.guard_tokens:
+                return made, nothing
             started = time.perf_counter()
-            verdict = _measure(work, encoded, n_guard)
+            verdict = _measure(work, made, n_guard)
             seconds["guard"] += time.perf_counter() - started
             book.add_divergence(strategy.profile, strategy.step, verdict.mean_kl)
-            return encoded, verdict
+            return made, verdict
 
-        if settings.guard_tokens:
-            first = (
-                None
-                if work.profile is None
-                else book.step_for(work.profile.digest, 0.5 * settings.max_kl)
-            )
+        first = None
+        if work.profile is not None:
+            first = book.step_for(work.profile.digest, settings.max_kl)
+        if n_guard > 0 or (settings.codec == "predict" and not settings.guard_tokens):
             found = find_predicted(encoder, notes, first, measure)
             if found is not None:
+                if not settings.guard_tokens:
+                    notes.append("the guard is off: nothing was measured")
                 return found
     candidates = strategies(encoder, notes)
-    encoded: list[Encoded] = []
     while True:
         started = time.perf_counter()
         strategy = next(candidates)

@@ -8,7 +8,16 @@ from typing import Any
 
 __all__ = ["CODECS", "RESTORE_PLANS", "Settings"]
 
-CODECS = ("auto", "exact", "int8", "int4", "share", "share+int8", "share+int4")
+CODECS = (
+    "auto",
+    "exact",
+    "int8",
+    "int4",
+    "share",
+    "share+int8",
+    "share+int4",
+    "predict",
+)
 RESTORE_PLANS = ("auto", "load", "recompute", "mixed", "uniform", "pyramid", "step")
 
 

@@ -102,7 +102,7 @@ def find_predicted(
     notes : list of str
         What is found out is added.
     first_step : float or None
-        Where to begin.
+        What is known to give the whole divergence that is allowed.
     measure : callable
         Encodes with a strategy, and runs the guard.
 
@@ -124,17 +124,24 @@ def find_predicted(
     except (NotImplementedError, ValueError) as error:
         notes.append(f"predict cannot be used: {error}")
         return None
-    step = min(max(first_step or _FIRST_STEP, _STEP_RANGE[0]), _STEP_RANGE[1])
+    step = _FIRST_STEP
+    is_limited = settings.guard_tokens > 0 and math.isfinite(settings.max_kl)
+    if first_step is not None and is_limited:
+        # `first_step` would reach what is allowed; its square is proportional to the divergence.
+        step = min(max(first_step * math.sqrt(_AIM), _STEP_RANGE[0]), _STEP_RANGE[1])
     best: Tried | None = None
     refused = math.inf
     for _ in range(_MAX_TRIES):
         encoded, verdict = measure(encoder.predicted(step))
+        if not settings.guard_tokens:
+            return encoder.predicted(step), encoded, verdict
         divergence = max(verdict.mean_kl, 1e-12)
         guessed = step * math.sqrt(_AIM * settings.max_kl / divergence)
         accepts = verdict.accepts(settings.max_kl, settings.min_top1)
         if accepts and verdict.mean_kl <= _MOST * settings.max_kl:
             best = encoder.predicted(step), encoded, verdict
-            if verdict.mean_kl >= _ENOUGH * settings.max_kl or step >= _STEP_RANGE[1]:
+            is_enough = not is_limited or verdict.mean_kl >= _ENOUGH * settings.max_kl
+            if is_enough or step >= _STEP_RANGE[1]:
                 break
             following = min(guessed, 2 * step, _STEP_RANGE[1])
             if following >= refused:

@@ -1,0 +1,271 @@
+"""Codec predict in conversations: saved, restored whole and in part, appended to, damaged."""
+
+import json
+import os
+import warnings
+
+import models
+import pytest
+import torch
+from test_calibrate import OPTIONS, made_texts, tokenizer
+from test_restore import anything, converse, flip_byte, next_logits, paths
+
+import krul
+from krul import _core, blas
+from krul.calibrate import fit
+from krul.compressor import CODECS
+from krul.manifest import Entry
+
+N_HISTORY = 600
+PREDICT = anything("predict")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def profile(llama):
+    return fit(llama, tokenizer, made_texts(), **OPTIONS)
+
+
+@pytest.fixture
+def store(tmp_path, profile):
+    with krul.Store(tmp_path / "store") as opened:
+        opened.add_profile(profile)
+        yield opened
+
+
+def history(n_tokens=N_HISTORY, seed=1, n_batch=1):
+    rows = [
+        tokenizer(made_texts(1, 2 * n_tokens, seed + i)[0])["input_ids"] for i in range(n_batch)
+    ]
+    return torch.tensor(rows)[:, :n_tokens]
+
+
+def saved(store, model, ids, settings=PREDICT, name="chat"):
+    """Save a conversation; its K/V, and what the save reported."""
+    with store.open(name, model, settings=settings) as cache:
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        report = cache.save()
+        return [(x.keys.clone(), x.values.clone()) for x in cache.layers], report
+
+
+def entries_of(store):
+    found = []
+    for path in paths(store):
+        with open(path, "rb") as file:
+            found += [Entry(*row) for row in _core.store_read_head(file.fileno())[1]]
+    return found
+
+
+def closeness(cache, exact):
+    cache.restore()
+    worst = 0.0
+    for layer, both in zip(cache.layers, exact, strict=True):
+        for got, wanted in zip((layer.keys, layer.values), both, strict=True):
+            difference = (got - wanted).float().norm() / wanted.float().norm()
+            worst = max(worst, float(difference))
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_conversation_comes_back(tmp_path, profile, dtype):
+    model = models.tiny("llama").to(dtype)
+    own = fit(model, tokenizer, made_texts(), **OPTIONS) if dtype != torch.float32 else profile
+    with krul.Store(tmp_path / "store") as store:
+        store.add_profile(own)
+        exact, report = saved(store, model, history())
+        assert set(report.codec_by_layer) == {"predict"}
+        assert report.guard_mean_kl >= 0
+        assert report.n_guard_tokens == 64
+        with store.open("chat", model) as cache:
+            assert closeness(cache, exact) < 0.5
+            for layer, (keys, values) in zip(cache.layers, exact, strict=True):
+                assert torch.equal(layer.keys[:, :, :4], keys[:, :, :4])
+                assert torch.equal(layer.values[:, :, :4], values[:, :, :4])
+        assert store.verify() == []
+
+
+def test_what_is_stored(store, llama, profile):
+    saved(store, llama, history())
+    found = entries_of(store)
+    predicted = [entry for entry in found if entry.codec == CODECS["predict"]]
+    assert {entry.kv for entry in predicted} == {2}
+    assert {(e.layer_lower, e.token_start, e.n_tokens) for e in predicted} == {
+        (layer, start, n)
+        for layer in range(models.N_LAYERS)
+        for start, n in ((4, 512), (516, N_HISTORY - 516))
+    }
+    manifest = store.files("chat").read_manifest()
+    assert manifest.segments[0].strategy["profile"] == profile.digest
+    assert manifest.segments[0].strategy["step"] > 0
+
+
+def test_auto_finds_the_coarsest_step_that_the_guard_allows(store, llama):
+    steps = {}
+    for max_kl in (1e-3, 1e-6):
+        settings = krul.Settings(max_kl=max_kl, min_top1=0.5)
+        _, report = saved(store, llama, history(), settings, name=f"{max_kl}")
+        assert set(report.codec_by_layer) == {"predict"}
+        assert report.guard_mean_kl <= max_kl
+        steps[max_kl] = store.files(f"{max_kl}").read_manifest().segments[0].strategy["step"]
+    assert steps[1e-3] > 3 * steps[1e-6]
+
+
+def test_the_first_step_follows_what_was_measured(store, llama, monkeypatch):
+    settings = krul.Settings(max_kl=1e-6, min_top1=0.5)
+    saved(store, llama, history(), settings)
+    tried = []
+    encode = krul.encode.Encoder.encode
+
+    def watch(encoder, strategy):
+        tried.append(strategy.step)
+        return encode(encoder, strategy)
+
+    monkeypatch.setattr(krul.encode.Encoder, "encode", watch)
+    saved(store, llama, history(seed=5), settings, name="next")
+    assert len(tried) <= 2
+    assert max(tried) < 0.5
+
+
+def test_turns_are_appended(store, llama):
+    ids = history(300)
+    with store.open("chat", llama, settings=PREDICT) as cache:
+        out = converse(llama, cache, ids)
+        cache.save()
+    with store.open("chat", llama, settings=PREDICT) as cache:
+        more = torch.cat([out, history(150, seed=7)], dim=1)
+        out = converse(llama, cache, more)
+        report = cache.save()
+        assert report.n_new_tokens == 162
+        assert set(report.codec_by_layer) == {"predict"}
+        exact = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+    with store.open("chat", llama) as cache:
+        assert cache.n_tokens == out.shape[1] - 1
+        assert closeness(cache, exact) < 1e-5  # what was lossy was lost before the second turn
+        cache.crop(200)
+        assert cache.n_tokens == 200
+
+
+@pytest.mark.parametrize("restore", ["load", "uniform", "pyramid", "step", "mixed", "recompute"])
+def test_in_part_recomputed(store, llama, restore):
+    exact, _ = saved(store, llama, history())
+    more = torch.cat([history(), history(9, seed=3)], dim=1)
+    settings = anything("predict", restore=restore)
+    with store.open("chat", llama, settings=settings) as cache:
+        next_logits(llama, cache, more)
+        report = cache.restore_report
+        got = [(x.keys[:, :, :N_HISTORY], x.values[:, :, :N_HISTORY]) for x in cache.layers]
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        loaded = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+    for layer, n in enumerate(report.n_recomputed_by_layer):
+        for kv in (0, 1):
+            torch.testing.assert_close(
+                got[layer][kv][:, :, :n], exact[layer][kv][:, :, :n], atol=1e-4, rtol=1e-4
+            )
+            assert torch.equal(
+                got[layer][kv][:, :, max(n, 4) :], loaded[layer][kv][:, :, max(n, 4) :]
+            )
+
+
+def test_batches_with_padding(store, llama):
+    ids = history(200, n_batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with store.open("chat", llama, settings=PREDICT) as cache:
+        with torch.no_grad():
+            llama(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        assert set(cache.save().codec_by_layer) == {"predict"}
+        exact = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+    with store.open("chat", llama) as cache:
+        assert closeness(cache, exact) < 0.5
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_damaged_block_is_recomputed(store, llama, layer):
+    ids = history()
+    saved(store, llama, ids)
+    entry = next(e for e in entries_of(store) if e.codec == 7 and e.layer_lower == layer)
+    flip_byte(paths(store)[0], entry.offset + entry.payload_bytes // 2)
+    more = torch.cat([ids, history(9, seed=3)], dim=1)
+    with torch.no_grad():
+        wanted = llama(more).logits[:, -9:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with store.open("chat", llama) as cache:
+            got = llama.generate(
+                more,
+                past_key_values=cache,
+                max_new_tokens=1,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            ).logits[0]
+            assert "CRC" in cache.restore_report.reason or "crc" in cache.restore_report.reason
+    torch.testing.assert_close(got, wanted[:, -1], atol=1e-4, rtol=1e-4)
+    assert store.verify()
+
+
+def test_without_its_profile_a_conversation_is_read_again(store, llama, profile):
+    saved(store, llama, history())
+    for folder in (store.profiles.own, store.profiles.shared):
+        path = os.path.join(folder, f"{profile.digest}.profile")
+        if os.path.exists(path):
+            os.remove(path)
+    with (
+        pytest.warns(RuntimeWarning, match="needs a profile: .* is missing"),
+        store.open("chat", llama) as cache,
+    ):
+        assert cache.n_tokens == 0
+    assert any("profile" in problem.message for problem in store.verify())
+
+
+def test_without_a_profile_other_codecs_serve(tmp_path, llama):
+    with krul.Store(tmp_path / "store") as store:
+        _, report = saved(store, llama, history(), krul.Settings(codec="predict"))
+    assert "no profile of this model is known" in report.reason
+    assert "predict" not in report.codec_by_layer
+
+
+def test_without_a_library_for_products(store, llama, monkeypatch):
+    def missing():
+        raise NotImplementedError("none was found")
+
+    exact, _ = saved(store, llama, history())
+    monkeypatch.setattr(blas, "find", missing)
+    _, report = saved(store, llama, history(), krul.Settings(), name="other")
+    assert "predict cannot be used: none was found" in report.reason
+    with (
+        pytest.warns(RuntimeWarning, match="none was found"),
+        store.open("chat", llama) as cache,
+    ):
+        assert cache.n_tokens == 0
+
+
+def test_what_it_cannot_hold_is_exact(store, llama):
+    with store.open("chat", llama, settings=PREDICT) as cache:
+        with torch.no_grad():
+            llama(history(), past_key_values=cache)
+        cache.layers[1].keys[0, 0, 100, 3] = 1e30
+        report = cache.save()
+        exact = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+    assert "blocks hold values that only exact can keep" in report.reason
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        for layer, (keys, values) in zip(cache.layers, exact, strict=True):
+            assert torch.equal(layer.keys[:, :, :516], keys[:, :, :516])
+            assert torch.equal(layer.values[:, :, :516], values[:, :, :516])
+
+
+def test_the_guard_off_takes_the_first_step(store, llama):
+    _, report = saved(store, llama, history(), anything("predict", guard_tokens=0))
+    assert set(report.codec_by_layer) == {"predict"}
+    assert "the guard is off" in report.reason
+    with open(next(iter(paths(store, "manifest"))), "rb") as file:
+        assert b'"predict"' in file.read()
+    assert json.dumps(report.to_dict())
