@@ -660,13 +660,15 @@ def test_one_chain_from_several_threads_breaks_nothing():
             for own in predictor(profile).encode([chain] * 4, STEP, 4):
                 assert own == alone
         except ValueError as error:
-            assert "was not decoded" in str(error)
+            if "was not decoded" not in str(error):
+                raise
         outs = [[torch.zeros_like(each) for each in both] for both in arrays.values()]
         blocks = [(i, 0, 40, payloads[i], *outs[i]) for i in range(3)]
         try:
             predictor(profile).decode([blocks] * 4, 4)
         except ValueError as error:
-            assert "was not decoded" in str(error)
+            if "was not decoded" not in str(error):
+                raise
 
 
 def test_one_run_that_does_not_fit_leaves_the_others():
