@@ -11,10 +11,9 @@ from test_calibrate import OPTIONS, made_texts, tokenizer
 from test_restore import anything, converse, flip_byte, next_logits, paths
 
 import krul
-from krul import _core, blas
+from krul import blas
 from krul.calibrate import fit
 from krul.compressor import CODECS
-from krul.manifest import Entry
 
 N_HISTORY = 600
 PREDICT = anything("predict")
@@ -54,10 +53,12 @@ def saved(store, model, ids, settings=PREDICT, name="chat"):
 
 
 def entries_of(store):
+    files = store.files("chat")
     found = []
-    for path in paths(store):
-        with open(path, "rb") as file:
-            found += [Entry(*row) for row in _core.store_read_head(file.fileno())[1]]
+    for segment in files.read_manifest().segments:
+        fd, entries = files.open_segment(segment)
+        os.close(fd)
+        found += entries
     return found
 
 
@@ -236,7 +237,7 @@ def test_without_a_library_for_products(store, llama, monkeypatch):
     def missing():
         raise NotImplementedError("none was found")
 
-    exact, _ = saved(store, llama, history())
+    saved(store, llama, history())
     monkeypatch.setattr(blas, "find", missing)
     _, report = saved(store, llama, history(), krul.Settings(), name="other")
     assert "predict cannot be used: none was found" in report.reason
