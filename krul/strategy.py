@@ -27,7 +27,7 @@ _ENOUGH = 0.35
 _MAX_TRIES = 5
 # Before anything was measured of a model.
 _FIRST_STEP = 0.5
-_STEP_RANGE = (0.02, 8.0)
+_STEP_RANGE = (0.002, 8.0)
 
 
 def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
@@ -150,10 +150,10 @@ def find_predicted(
                 break
         else:
             refused = step
-            following = min(guessed, 0.8 * step)
+            following = max(min(guessed, 0.8 * step), _STEP_RANGE[0])
             if best is not None and following < 1.1 * best[0].step:
                 break
-            if following < _STEP_RANGE[0]:
+            if following >= step:
                 break
         step = following
     if best is None:

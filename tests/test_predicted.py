@@ -107,17 +107,17 @@ def test_what_is_stored(store, llama, profile):
 
 def test_auto_finds_the_coarsest_step_that_the_guard_allows(store, llama):
     steps = {}
-    for max_kl in (1e-3, 1e-6):
+    for max_kl in (1e-2, 1e-4):
         settings = krul.Settings(max_kl=max_kl, min_top1=0.5)
         _, report = saved(store, llama, history(), settings, name=f"{max_kl}")
         assert set(report.codec_by_layer) == {"predict"}
         assert report.guard_mean_kl <= max_kl
         steps[max_kl] = store.files(f"{max_kl}").read_manifest().segments[0].strategy["step"]
-    assert steps[1e-3] > 3 * steps[1e-6]
+    assert steps[1e-2] > 3 * steps[1e-4]
 
 
 def test_the_first_step_follows_what_was_measured(store, llama, monkeypatch):
-    settings = krul.Settings(max_kl=1e-6, min_top1=0.5)
+    settings = krul.Settings(max_kl=1e-4, min_top1=0.5)
     saved(store, llama, history(), settings)
     tried = []
     encode = krul.encode.Encoder.encode
@@ -146,7 +146,14 @@ def test_turns_are_appended(store, llama):
         exact = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
     with store.open("chat", llama) as cache:
         assert cache.n_tokens == out.shape[1] - 1
-        assert closeness(cache, exact) < 1e-5  # what was lossy was lost before the second turn
+        cache.restore()
+        for layer, both in zip(cache.layers, exact, strict=True):
+            # What the first save lost was lost before the second.
+            for got, wanted in zip((layer.keys, layer.values), both, strict=True):
+                torch.testing.assert_close(
+                    got[:, :, :311], wanted[:, :, :311], atol=1e-5, rtol=1e-5
+                )
+        assert 1e-3 < closeness(cache, exact) < 0.5
         cache.crop(200)
         assert cache.n_tokens == 200
 
@@ -188,27 +195,26 @@ def test_batches_with_padding(store, llama):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_damaged_block_is_recomputed(store, llama, layer):
+def test_a_damaged_block_and_what_is_predicted_from_it_are_recomputed(store, llama, layer):
     ids = history()
-    saved(store, llama, ids)
-    entry = next(e for e in entries_of(store) if e.codec == 7 and e.layer_lower == layer)
+    exact, _ = saved(store, llama, ids)
+    entry = next(
+        e for e in entries_of(store) if e.codec == CODECS["predict"] and e.layer_lower == layer
+    )
     flip_byte(paths(store)[0], entry.offset + entry.payload_bytes // 2)
     more = torch.cat([ids, history(9, seed=3)], dim=1)
-    with torch.no_grad():
-        wanted = llama(more).logits[:, -9:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with store.open("chat", llama) as cache:
-            got = llama.generate(
-                more,
-                past_key_values=cache,
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            ).logits[0]
-            assert "CRC" in cache.restore_report.reason or "crc" in cache.restore_report.reason
-    torch.testing.assert_close(got, wanted[:, -1], atol=1e-4, rtol=1e-4)
+            converse(llama, cache, more, n_new=1)
+            report = cache.restore_report
+            got = [(x.keys[:, :, :N_HISTORY], x.values[:, :, :N_HISTORY]) for x in cache.layers]
+    names = ", ".join(str(each) for each in range(layer, models.N_LAYERS))
+    assert f"recomputed layers {names} from {N_HISTORY} tokens" in report.reason
+    assert report.n_loaded_by_layer == (N_HISTORY,) * layer + (0,) * (models.N_LAYERS - layer)
+    for index in range(layer, models.N_LAYERS):
+        for one, wanted in zip(got[index], exact[index], strict=True):
+            torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
     assert store.verify()
 
 
