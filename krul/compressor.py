@@ -18,8 +18,9 @@ share+int8 2      the same, the direction as int8
 share+int4 2      the same, the direction as int4
 ========== ====== ======================================================================
 
-Codec `predict` is not here: it codes chains of layers with a `krul.Profile`, see `krul.predictor`. A
-block with a value that is not finite, or beyond what the codec can hold, is stored `exact`.
+Codec `predict` is not here: it codes chains of layers with a profile, see `krul.predictor`.
+
+A block with a value that is not finite, or beyond what the codec can hold, is stored `exact`.
 """
 
 from __future__ import annotations
