@@ -421,12 +421,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _number(word: str) -> float:
+    """Return 0.5 as a float and 1 as an int, as they stand in the results."""
+    return int(word) if word.isdigit() else float(word)
+
+
 def part_of(text: str) -> tuple[int, tuple[Part, ...]]:
     """Read ``4096:0.5,1,fast``; without a colon all of a history."""
     n_tokens, _, parts = text.partition(":")
     if not parts:
         return int(n_tokens), HISTORIES.get(int(n_tokens), (0.3, 1, 3, 10, 30))
-    return int(n_tokens), tuple(x if x == FAST else float(x) for x in parts.split(","))
+    return int(n_tokens), tuple(x if x == FAST else _number(x) for x in parts.split(","))
 
 
 def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:

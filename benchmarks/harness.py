@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -146,6 +147,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def _arguments() -> list[str]:
+    """Return what the command was given, quoted, but for where the results went."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word not in ("--json", "--png"):
+            words.append(shlex.quote(word))
+        skip = word in ("--json", "--png")
+    return words
+
+
 def finish(
     name: str,
     rows: list[dict[str, Any]],
@@ -177,7 +188,7 @@ def finish(
     """
     result = {
         "benchmark": name,
-        "command": " ".join(["python -m", f"benchmarks.bench_{name}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.bench_{name}", *_arguments()]),
         "is_quick": is_quick,
         "machine": machine(),
         "notes": list(notes),

@@ -381,7 +381,8 @@ test_refusals(void)
     krul_view bad[2];
     const krul_kv key = KRUL_KV_KEY;
     check_refused((krul_codec)0, key, views, 1, KRUL_STATUS_BAD_VALUE, "codec is 0");
-    check_refused((krul_codec)7, key, views, 1, KRUL_STATUS_BAD_VALUE, "codec is 7");
+    check_refused((krul_codec)8, key, views, 1, KRUL_STATUS_BAD_VALUE, "codec is 8");
+    check_refused(KRUL_CODEC_PREDICT, key, views, 1, KRUL_STATUS_BAD_VALUE, "chains of layers");
     check_refused(KRUL_CODEC_INT8, (krul_kv)3, views, 1, KRUL_STATUS_BAD_VALUE, "kv is 3");
     check_refused(KRUL_CODEC_EXACT, key, views, 0, KRUL_STATUS_BAD_VALUE, "n_views is 0");
     check_refused(KRUL_CODEC_EXACT, key, views, 3, KRUL_STATUS_BAD_VALUE, "n_views is 3");
