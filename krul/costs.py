@@ -135,8 +135,8 @@ def attention_share(model: Any) -> float | None:
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16,
     ...     num_key_value_heads=4, intermediate_size=128, num_hidden_layers=2, vocab_size=32))
-    >>> round(1 / attention_share(model))  # 4 * 64 * 64 + 3 * 64 * 128 weights, 2 * 64 products
-    322
+    >>> round(1 / attention_share(model))  # 4 * 64 * 64 + 3 * 64 * 128 + 128 by 2 * 64
+    321
     """
     try:
         config = text_config(model)
