@@ -149,6 +149,7 @@ class Predict:
         backend: str | None = None,
     ) -> None: ...
 
+@final
 class Restore:
     def __new__(
         cls,
