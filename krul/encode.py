@@ -270,36 +270,33 @@ class Encoder:
         """Encode blocks of codec predict, run by run; what cannot be held so becomes exact."""
         work = self.work
         assert work.profile is not None
-        chains: dict[tuple[int, float], list[_Key]] = {}
+        (step,) = {key[5] for key in keys}  # of one strategy
+        chains: dict[int, list[_Key]] = {}
         for key in keys:
-            chains.setdefault((key[4], key[5]), []).append(key)
-        made: dict[_Key, tuple[Encoded, ...]] = {}
-        for step in sorted({step for _, step in chains}):
-            mine = [chain for (_, own), chain in chains.items() if own == step]
-            predictor = make_predictor(
-                work.profile, work.positions(), n_batch=work.n_batch, is_encoding=True
+            chains.setdefault(key[4], []).append(key)
+        runs = []
+        for start, chain in chains.items():
+            end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
+            runs.append(
+                [
+                    (key[2], start, *(self.tensor(key[2], kv, start, end) for kv in (KEY, VALUE)))
+                    for key in chain
+                ]
             )
-            runs = []
-            for chain in mine:
-                start = chain[0][4]
-                end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
-                runs.append(
-                    [
-                        (key[2], start, *(self.tensor(key[2], kv, start, end) for kv in (0, 1)))
-                        for key in chain
-                    ]
-                )
-            results = predictor.encode(runs, step, work.settings.n_threads)
-            for chain, run, result in zip(mine, runs, results, strict=True):
-                if result is None:
-                    made |= self._encode_exactly(chain)
-                    continue
-                for key, (_, _, keys_here, _), (payload, error, power) in zip(
-                    chain, run, result, strict=True
-                ):
-                    entry = self._entry(key, keys_here)
-                    entry = entry._replace(payload_bytes=len(payload))
-                    made[key] = (Encoded(entry, payload, error, power),)
+        predictor = make_predictor(
+            work.profile, work.positions(), n_batch=work.n_batch, is_encoding=True
+        )
+        results = predictor.encode(runs, step, work.settings.n_threads)
+        made: dict[_Key, tuple[Encoded, ...]] = {}
+        for chain, run, result in zip(chains.values(), runs, results, strict=True):
+            if result is None:
+                made |= self._encode_exactly(chain)
+                continue
+            for key, (_, _, keys_here, _), (payload, error, power) in zip(
+                chain, run, result, strict=True
+            ):
+                entry = self._entry(key, keys_here)._replace(payload_bytes=len(payload))
+                made[key] = (Encoded(entry, payload, error, power),)
         return made
 
     def _encode_exactly(self, chain: Sequence[_Key]) -> dict[_Key, tuple[Encoded, ...]]:

@@ -124,7 +124,7 @@ class _Decoder:
         self.memory: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self.stored: list[tuple[int, list[Entry]]] = []
         self.predictors: list[_core.Predict | None] = []  # of the stored segments, then of the new
-        self.decoded: set[int] = set()  # layers whose predicted blocks are in memory
+        self.made: dict[str, _core.Predict] = {}  # one for each profile: no two chains begin alike
         try:
             for segment in work.segments:
                 self.stored.append(work.conversation.open_segment(segment))
@@ -147,12 +147,14 @@ class _Decoder:
         work = self.work
         if digest is None:
             return None
-        if work.profile is not None and work.profile.digest == digest:
-            profile = work.profile
-        else:
-            assert work.find_profile is not None
-            profile = work.find_profile(digest)
-        return make_predictor(profile, work.positions(), n_batch=work.n_batch)
+        if digest not in self.made:
+            if work.profile is not None and work.profile.digest == digest:
+                profile = work.profile
+            else:
+                assert work.find_profile is not None
+                profile = work.find_profile(digest)
+            self.made[digest] = make_predictor(profile, work.positions(), n_batch=work.n_batch)
+        return self.made[digest]
 
     def layer(self, layer: int, n_before: int) -> guard.KeysAndValues:
         """Keys and values of the tokens before position `n_before` that the layer would hold."""

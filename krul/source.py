@@ -274,10 +274,11 @@ class Source:
 
     def _begin(self, steps: list[tuple[_Step, tuple[torch.Tensor | None, ...]]]) -> None:
         # What was decoded of a chain belongs to one restore.
-        predictors = {
-            fd: make_predictor(profile, self._positions(), n_batch=self.manifest.n_batch)
-            for fd, profile in self._profiles.items()
+        made = {
+            digest: make_predictor(profile, self._positions(), n_batch=self.manifest.n_batch)
+            for digest, profile in {x.digest: x for x in self._profiles.values()}.items()
         }
+        predictors = {fd: made[profile.digest] for fd, profile in self._profiles.items()}
         self._restores.append(
             _core.Restore(
                 [

@@ -132,14 +132,15 @@ def find_predicted(
     best: Tried | None = None
     refused = math.inf
     for _ in range(_MAX_TRIES):
-        encoded, verdict = measure(encoder.predicted(step))
+        strategy = encoder.predicted(step)
+        encoded, verdict = measure(strategy)
         if not settings.guard_tokens:
-            return encoder.predicted(step), encoded, verdict
+            return strategy, encoded, verdict
         divergence = max(verdict.mean_kl, 1e-12)
         guessed = step * math.sqrt(_AIM * settings.max_kl / divergence)
         accepts = verdict.accepts(settings.max_kl, settings.min_top1)
         if accepts and verdict.mean_kl <= _MOST * settings.max_kl:
-            best = encoder.predicted(step), encoded, verdict
+            best = strategy, encoded, verdict
             is_enough = not is_limited or verdict.mean_kl >= _ENOUGH * settings.max_kl
             if is_enough or step >= _STEP_RANGE[1]:
                 break

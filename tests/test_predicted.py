@@ -158,6 +158,26 @@ def test_turns_are_appended(store, llama):
         assert cache.n_tokens == 200
 
 
+def test_cropped_within_a_run_and_continued(store, llama):
+    """Two segments of one profile whose runs overlap in the file, not in the conversation."""
+    saved(store, llama, history())
+    with store.open("chat", llama, settings=PREDICT) as cache:
+        cache.restore()
+        cache.crop(540)
+        with torch.no_grad():
+            llama(history(200, seed=7), past_key_values=cache)
+        cache.save()
+        exact = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+    with store.open("chat", llama) as cache:
+        assert cache.n_tokens == 740
+        assert closeness(cache, exact) < 0.5
+        for layer, both in zip(cache.layers, exact, strict=True):
+            for got, wanted in zip((layer.keys, layer.values), both, strict=True):
+                torch.testing.assert_close(
+                    got[:, :, :540], wanted[:, :, :540], atol=1e-5, rtol=1e-5
+                )
+
+
 @pytest.mark.parametrize("restore", ["load", "uniform", "pyramid", "step", "mixed", "recompute"])
 def test_in_part_recomputed(store, llama, restore):
     exact, _ = saved(store, llama, history())
