@@ -8,7 +8,7 @@ keep with a conversation is counted: headers, scales, tables, exact tokens.
 What is done is kept (see --parts), so that a run may be stopped, resumed, or extended by a codec:
 
     python -m benchmarks.bench_quality [--json FILE] [--quick] [--only text,chats,retrieval]
-        [--codecs NAME,NAME] [--seconds N] [--fresh]
+        [--codecs NAME,NAME] [--tasks NAME,NAME] [--seconds N] [--fresh]
 
 Adding a codec: one more entry in `codecs`, a `baselines.Codec` or anything like it.
 """
@@ -374,11 +374,11 @@ class Bench:
             for n_tokens in lengths:
                 self.one_history("chats", topic, ids, n_tokens)
 
-    def retrieval(self, n_trials: int) -> None:
+    def retrieval(self, n_trials: int, tasks: Iterable[str] = retrieval.TASKS) -> None:
         """Ask for what stands in the history; the exact answer, greedily, or none."""
         haystack = self.encode("\n\n".join(texts.held_out_texts().values()))
         for number in range(n_trials):
-            for task in retrieval.TASKS:
+            for task in tasks:
                 self.one_trial(retrieval.make(task, number, self.encode, haystack))
 
     def one_trial(self, trial: retrieval.Trial) -> None:
@@ -556,6 +556,7 @@ def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="text,chats,retrieval")
     parser.add_argument("--codecs", help="only codecs whose name contains one of these words")
+    parser.add_argument("--tasks", default=",".join(retrieval.TASKS), help="needle,keys,copy")
     parser.add_argument("--trials", type=int, help="questions per retrieval task")
     parser.add_argument("--topics", type=int, help="chats")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
@@ -578,7 +579,7 @@ def main() -> int:
     work: dict[str, Callable[[], None]] = {
         "text": lambda: bench.text(lengths),
         "chats": lambda: bench.chats(lengths, list(chats.TOPICS)[:n_topics]),
-        "retrieval": lambda: bench.retrieval(n_trials),
+        "retrieval": lambda: bench.retrieval(n_trials, options.tasks.split(",")),
     }
     is_whole = True
     try:

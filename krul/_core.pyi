@@ -19,7 +19,6 @@ _Entry: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int,
 # block_tokens, first_block_tokens
 _PlanCosts: TypeAlias = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], float, bool, int, int]
 
-def advise_huge_pages(address: int, n_bytes: int, /) -> None: ...
 def backends() -> list[tuple[str, bool, bool]]: ...
 def n_processors() -> int: ...
 def blas_open(path: str, /) -> Any: ...
@@ -150,12 +149,17 @@ class Predict:
     ) -> None: ...
 
 @final
+class Memory:
+    def __new__(cls, n_bytes: int) -> Memory: ...
+
+@final
 class Restore:
     def __new__(
         cls,
         steps: Sequence[
             tuple[int, _Buffer | None, _Entry, Sequence[_Array | None]]
             | tuple[int, _Buffer | None, _Entry, Sequence[_Array | None], Predict | None]
+            | tuple[int, _Buffer | None, _Entry, Sequence[_Array | None], Predict | None, int]
         ],
         n_layers: int,
         n_threads: int = 0,

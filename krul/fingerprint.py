@@ -193,6 +193,8 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
             yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
         return
     yield name, tensor.detach()
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.__dict__:
+        return  # as nearly all are; asking a tensor for what it does not have is slow
     for holder in (tensor, getattr(tensor, "quant_state", None)):
         for inner in ("absmax", "SCB"):
             scales = getattr(holder, inner, None)

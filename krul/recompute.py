@@ -81,8 +81,9 @@ def recompute_prefix(
     chunk_ends : sequence of int
         Tokens after which a chunk ends in any case, ascending.
     before_chunk : callable, optional
-        Called with where a chunk starts and ends; returns `n_by_layer` anew, in which numbers may
-        be smaller than before, though what was written stays written. What it raises ends the call.
+        Called with where a chunk starts and ends; returns `n_by_layer` anew, with other numbers up
+        to those that were given, though what was written stays written and a layer that has let a
+        chunk pass gets no more. What it raises ends the call.
     on_layer : callable, optional
         Called with a layer's index as soon as all its tokens are written, in the thread of this
         call, once for each layer of `buffers` with tokens to recompute. Shallow layers come first
@@ -149,10 +150,10 @@ def recompute_prefix(
     def run() -> None:
         inputs = _Inputs(decoder, token_ids, attention_mask, positions, device)
         start = 0
-        while start < progress.wanted[0]:
+        while start < progress.most[0]:
             end = progress.end_of_chunk(start)
             if before_chunk is not None:
-                progress.shrink(before_chunk(start, end))
+                progress.change(before_chunk(start, end), start)
                 end = min(end, progress.wanted[0])
                 if start >= end:
                     break
@@ -328,7 +329,7 @@ class _Progress:
         chunk_ends: Sequence[int],
         on_layer: Callable[[int], None] | None,
     ) -> None:
-        self.wanted, self.on_layer = wanted, on_layer
+        self.wanted, self.most, self.on_layer = list(wanted), tuple(wanted), on_layer
         self.chunk_tokens, self.chunk_ends = chunk_tokens, chunk_ends
         self.buffers: dict[int, KeysAndValues] = dict(buffers)
         self.announced = frozenset(buffers)
@@ -342,19 +343,21 @@ class _Progress:
 
     def _ends(self) -> Iterator[int]:
         end = 0
-        while end < self.wanted[0]:
+        while end < self.most[0]:
             end = self.end_of_chunk(end)
             yield end
 
     def end_of_chunk(self, start: int) -> int:
         """Return where the chunk that begins at `start` ends."""
-        end = min(self.wanted[0], start + self.chunk_tokens)
+        end = min(self.most[0], start + self.chunk_tokens)
         return min((x for x in self.chunk_ends if start < x < end), default=end)
 
-    def shrink(self, wanted: Sequence[int]) -> None:
-        """Recompute no more than this from now on."""
+    def change(self, wanted: Sequence[int], start: int) -> None:
+        """Recompute so much from now on, before the chunk that begins at `start`."""
         for layer, n_tokens in enumerate(wanted):
-            self.wanted[layer] = min(self.wanted[layer], max(n_tokens, self.n_written[layer]))
+            n_written = self.n_written[layer]
+            most = self.most[layer] if n_written == start else n_written
+            self.wanted[layer] = min(most, max(n_tokens, n_written))
 
     def deepest_above(self, n_tokens: int) -> int:
         """Return the deepest layer that is wanted for more than `n_tokens` tokens."""
@@ -380,7 +383,7 @@ class _Progress:
         if self.n_written[layer] != self.start:
             raise UnsupportedModelError(f"layer {layer} hands in K and V twice in one pass")
         if layer not in self.buffers:
-            n_room = self.wanted[layer]
+            n_room = self.most[layer]
             self.buffers[layer] = (
                 keys.new_empty((*keys.shape[:2], n_room, keys.shape[3])),
                 values.new_empty((*values.shape[:2], n_room, values.shape[3])),

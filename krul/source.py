@@ -16,8 +16,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +70,7 @@ _PATIENCE_POLL_S = 0.25
 _PATIENCE = 2.0
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One block of full layers: which, which tokens, and what it takes to have it."""
 
     layers: tuple[int, ...]
@@ -82,7 +81,12 @@ class _Step:
     decoded_bytes: int
     fd: int
     entry: Entry
-    views: tuple[torch.Tensor, ...]
+    buffers: tuple[torch.Tensor, ...]  # of whole layers
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that it fills; fewer than the block's where a later save has cut the history."""
+        return self.token_end - self.token_start
 
 
 def _dims_and_dtype(layout: LayerLayout, kv: int) -> tuple[int, torch.dtype]:
@@ -203,8 +207,8 @@ class Source:
     def buffers(self) -> dict[int, KeysAndValues]:
         """Make memory for every full layer: K and V, (n_batch, n_kv_heads, n_room, head_dim).
 
-        All of it is one allocation, on huge pages where the system has them: a page fault for every
-        4 KB would take longer than decoding what goes there.
+        All of it is one allocation, on huge pages where the system has them, and used again by the
+        next: a page fault for every 4 KB would take longer than decoding what goes there.
         """
         n_batch = self.manifest.n_batch
         n_room = self.n_tokens + _ROOM_TOKENS
@@ -218,8 +222,7 @@ class Source:
                 total += math.prod(shape) * dtype.itemsize
                 total += -total % _ALIGNMENT_BYTES
         with torch.inference_mode(False), torch.no_grad():
-            memory = torch.empty(total, dtype=torch.uint8)
-            _core.advise_huge_pages(memory.data_ptr(), total)
+            memory = torch.frombuffer(_core.Memory(max(1, total)), dtype=torch.uint8)
             made = [
                 (
                     layer,
@@ -237,9 +240,9 @@ class Source:
     def start(self, buffers: dict[int, KeysAndValues]) -> None:
         """Start filling the buffers of the full layers.
 
-        Shallow layers come first, each block with the first that needs it. What will probably be
-        recomputed comes after everything else, from the end on; see `krul.meet`. It is not read at
-        all where that is everything.
+        Shallow layers come first, each block with the first that needs it; where a part will
+        probably be recomputed, blocks come from the end of the history on, and those of that part
+        after everything else; see `krul.meet`. Nothing is read where that part is everything.
         """
         steps = [
             step
@@ -253,24 +256,42 @@ class Source:
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
-        steps.sort(key=lambda step: self._turn(step, expected))
+        forward = self.costs.forward()
+        prompt_s = 0.0
+        if forward is not None:
+            prompt_s = forward.seconds(_EXPECTED_PROMPT_TOKENS, self._n_tokens)
+        n_near = self._n_near(expected, prompt_s)
+        steps.sort(key=lambda step: self._turn(step, expected, n_near))
         if self.settings.restore != "recompute":
             self._begun = steps
         self._begun_at = time.perf_counter()
-        self._begin([(step, step.views) for step in self._begun])
+        self._begin([(step, step.buffers) for step in self._begun])
         self._open_s = time.perf_counter() - self._opened
 
-    def _turn(self, step: _Step, n_by_layer: list[int]) -> tuple[int, int, int]:
+    def _turn(
+        self, step: _Step, n_by_layer: list[int], n_near: float = math.inf
+    ) -> tuple[int, int, int]:
         """Return a block's place among all, when so many tokens of each layer are recomputed.
 
-        What is needed comes in the order of the layers that need it first, the rest from the end
-        on, the deepest layer first, in which order it may spare recomputing something; see
-        `krul.meet`.
+        What is needed comes from the end on, so that what lies where both sides may meet stays
+        undecided the longest; the last `n_near` tokens of it, which the new prompt's pass need not
+        wait for, in the order of the layers that need it first. The rest comes from the end on,
+        the deepest layer first, in which order it may spare recomputing something; see `krul.meet`.
         """
         needed = [x for x in step.layers if step.token_end > n_by_layer[x]]
-        if needed:
-            return 0, needed[0], step.token_start
-        return 1, -step.token_start, -step.layers[-1]
+        if not needed:
+            return 2, -step.token_start, -step.layers[-1]
+        if step.token_start < n_by_layer[needed[0]] + n_near:
+            return 1, needed[0], step.token_start
+        return 0, -step.token_start, needed[0]
+
+    def _n_near(self, n_by_layer: Iterable[int], prompt_s: float) -> float:
+        """Return the tokens that take at least as long to read as the new prompt's pass."""
+        rate = self._read_rate()
+        if rate is None or not any(n_by_layer):
+            return math.inf
+        n_bytes = sum(step.payload_bytes for step in self._steps)
+        return max(_COLUMN_TOKENS, prompt_s * rate / max(1, n_bytes) * self._n_tokens)
 
     def _begin(self, steps: list[tuple[_Step, tuple[torch.Tensor | None, ...]]]) -> None:
         # What was decoded of a chain belongs to one restore.
@@ -282,8 +303,8 @@ class Source:
         self._restores.append(
             _core.Restore(
                 [
-                    (step.fd, None, step.entry, views, predictors.get(step.fd))
-                    for step, views in steps
+                    (step.fd, None, step.entry, buffers, predictors.get(step.fd), step.n_tokens)
+                    for step, buffers in steps
                 ],
                 len(self.manifest.layers),
                 self.settings.n_threads,
@@ -401,13 +422,13 @@ class Source:
     def _load_after_all(self, n_by_layer: list[int]) -> None:
         again = []
         for step in self._steps:
-            views = tuple(
-                view if step.token_end <= n_by_layer[layer] else None
-                for layer, view in zip(step.entry.layer_of_view, step.views, strict=True)
+            buffers = tuple(
+                buffer if step.token_end <= n_by_layer[layer] else None
+                for layer, buffer in zip(step.entry.layer_of_view, step.buffers, strict=True)
             )
             # What is in already may be needed to predict what is not.
-            if step.entry.codec == _PREDICT or any(view is not None for view in views):
-                again.append((step, views))
+            if step.entry.codec == _PREDICT or any(buffer is not None for buffer in buffers):
+                again.append((step, buffers))
         self._begin(again)
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
@@ -669,7 +690,7 @@ class _Meeting:
         n_prompt_tokens: int,
     ) -> None:
         self.source, self.ends, self.forward = source, ends, forward
-        self.n_by_layer = n_by_layer
+        self.most, self.n_by_layer = n_by_layer, list(n_by_layer)
         self.n_layers = len(self.n_by_layer)
         n_tokens = source._n_tokens
         prompt_s = forward.seconds(n_prompt_tokens, n_tokens) if n_prompt_tokens else 0.0
@@ -703,10 +724,11 @@ class _Meeting:
         if self.expected_s > 0:
             slowness = (time.perf_counter() - self.started) / self.expected_s
         columns = [pair for pair in itertools.pairwise([0, *self.ends]) if pair[0] >= start]
-        work_s = [
-            [slowness * self._work_s(*column)] * sum(n > column[0] for n in self.n_by_layer)
-            for column in columns
-        ]
+        # A layer that has let a column pass is loaded from there on.
+        n_going_on = sum(
+            n >= start and most > 0 for n, most in zip(self.n_by_layer, self.most, strict=True)
+        )
+        work_s = [[slowness * self._work_s(*column)] * n_going_on for column in columns]
         blocks, there = self._on_the_way(columns, rate)
         # Where no block of a layer has come or can come, or not all is stored, it is recomputed.
         stuck = [
@@ -718,13 +740,16 @@ class _Meeting:
         n_recomputed = meet(work_s, blocks, stuck, self.prompt_by_layer_s)
         for layer in range(self.n_layers):
             ends = [
-                min(column[1], self.n_by_layer[layer])
+                min(column[1], self.most[layer])
                 for column, n_layers in zip(columns, n_recomputed, strict=True)
                 if layer < n_layers
             ]
             self.n_by_layer[layer] = max([min(start, self.n_by_layer[layer]), *ends])
         steps = source._begun
-        order = sorted(range(len(steps)), key=lambda x: source._turn(steps[x], self.n_by_layer))
+        n_near = source._n_near(self.n_by_layer, sum(self.prompt_by_layer_s))
+        order = sorted(
+            range(len(steps)), key=lambda x: source._turn(steps[x], self.n_by_layer, n_near)
+        )
         source._restores[0].reorder(np.array(order, np.int64))
 
     def _on_the_way(
@@ -826,19 +851,18 @@ def _step_of(
     whole = (
         buffers[layers[0]] if entry.kv == BOTH else tuple([buffers[x][entry.kv] for x in layers])
     )
-    views = tuple([out.narrow(2, entry.token_start, n_tokens) for out in whole])
-    # All of a block's views have one shape and dtype.
-    view_bytes = views[0].numel() * views[0].element_size()
+    # All that a block fills has one shape and dtype.
+    row_bytes = entry.n_batch * entry.n_heads * entry.head_dim * whole[0].element_size()
     return _Step(
         layers=layers,
         token_start=entry.token_start,
         token_end=stop,
         codec=entry.codec,
         payload_bytes=entry.payload_bytes,
-        decoded_bytes=view_bytes * len(views),
+        decoded_bytes=n_tokens * row_bytes * len(whole),
         fd=fd,
         entry=entry,
-        views=views,
+        buffers=whole,
     )
 
 

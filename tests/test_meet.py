@@ -79,7 +79,7 @@ def test_columns_end_where_blocks_begin(starts, end, at_least):
 # ---- chunks --------------------------------------------------------------------------------------
 
 
-def test_chunks_end_where_they_are_told_to_and_shrink():
+def test_chunks_end_where_they_are_told_to_and_numbers_change():
     model = models.tiny("llama")
     ids = models.token_ids(2, 40)
     whole = krul.Cache(model=model)
@@ -89,7 +89,8 @@ def test_chunks_end_where_they_are_told_to_and_shrink():
         layer: tuple(torch.full((1, *x.shape[1:]), math.nan) for x in (cache.keys, cache.values))
         for layer, cache in enumerate(whole.layers)
     }
-    chunks, wanted = [], [[40] * 4, [40] * 4, [40, 40, 22, 10], [22, 22, 22, 10]]
+    # Less, more again, and more for one that has let a chunk pass: it gets none.
+    chunks, wanted = [], [[10, 10, 10, 10], [40, 40, 22, 22], [40, 40, 40, 22], [22, 22, 30, 40]]
 
     def before_chunk(start, end):
         chunks.append((start, end))
@@ -105,7 +106,7 @@ def test_chunks_end_where_they_are_told_to_and_shrink():
         before_chunk=before_chunk,
     )
     assert chunks == [(0, 10), (10, 22), (22, 30), (30, 40)]
-    for layer, n_tokens in enumerate([30, 30, 22, 22]):
+    for layer, n_tokens in enumerate([30, 30, 30, 22]):
         for buffer, states in zip(
             buffers[layer], (whole.layers[layer].keys, whole.layers[layer].values), strict=True
         ):

@@ -18,12 +18,20 @@
 
 #include "../krul.h"
 
-/* One per module; immutable once the module has been executed. */
+/* Memory of the system's, whole pages. */
+typedef struct py_krul_mapping {
+    void *base; /* NULL: none */
+    size_t n_bytes;
+} py_krul_mapping;
+
+/* One per module; all but the spare is immutable once the module has been executed. */
 typedef struct py_krul_state {
     const krul_backend *backend; /* chosen in module exec */
     PyObject *errors; /* the module krul.errors */
     PyTypeObject *restore_type;
     PyTypeObject *predict_type;
+    PyTypeObject *memory_type;
+    py_krul_mapping spare; /* what the last krul._core.Memory has let go; with the GIL */
 } py_krul_state;
 
 /* The state of the module that `module` is; for methods of types use py_krul_state_of_type. */
@@ -74,5 +82,9 @@ extern PyMethodDef py_restore_plan_methods[];
 /* Types that module exec makes. */
 extern PyType_Spec py_restore_spec;
 extern PyType_Spec py_predict_spec;
+extern PyType_Spec py_memory_spec;
+
+/* Give it back to the system. */
+void py_krul_unmap(py_krul_mapping *mapping);
 
 #endif /* PY_KRUL_H */

@@ -3,8 +3,6 @@
 #include "py_krul.h"
 
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 py_krul_state *
 py_krul_state_of(PyObject *module)
@@ -57,35 +55,7 @@ n_processors(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(krul_pool_n_processors());
 }
 
-PyDoc_STRVAR(advise_huge_pages_doc,
-             "advise_huge_pages($module, address, n_bytes, /)\n--\n\n"
-             "Ask for huge pages under memory that is about to be written for the first time.\n\n"
-             "Where the system has none, nothing happens; contents never change.");
-
-static PyObject *
-advise_huge_pages(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    Py_ssize_t n_bytes;
-    PyObject *address_in;
-    if (!PyArg_ParseTuple(args, "On:advise_huge_pages", &address_in, &n_bytes)) {
-        return NULL;
-    }
-    uintptr_t start = (uintptr_t)PyLong_AsVoidPtr(address_in);
-    if (PyErr_Occurred()) {
-        return NULL;
-    }
-    uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t first = (start + page_bytes - 1) / page_bytes * page_bytes;
-    uintptr_t last = (start + (uintptr_t)(n_bytes > 0 ? n_bytes : 0)) / page_bytes * page_bytes;
-    if (last > first) {
-        /* Advice: a kernel without huge pages says EINVAL, and that is fine. */
-        (void)madvise((void *)first, last - first, MADV_HUGEPAGE);
-    }
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef module_methods[] = {
-    {"advise_huge_pages", advise_huge_pages, METH_VARARGS, advise_huge_pages_doc},
     {"backends", backends, METH_NOARGS, backends_doc},
     {"n_processors", n_processors, METH_NOARGS, n_processors_doc},
     {NULL, NULL, 0, NULL},
@@ -122,7 +92,11 @@ module_exec(PyObject *module)
         return -1;
     }
     state->predict_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_predict_spec, NULL);
-    return state->predict_type == NULL ? -1 : PyModule_AddType(module, state->predict_type);
+    if (state->predict_type == NULL || PyModule_AddType(module, state->predict_type) != 0) {
+        return -1;
+    }
+    state->memory_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_memory_spec, NULL);
+    return state->memory_type == NULL ? -1 : PyModule_AddType(module, state->memory_type);
 }
 
 static int
@@ -132,6 +106,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->errors);
     Py_VISIT(state->restore_type);
     Py_VISIT(state->predict_type);
+    Py_VISIT(state->memory_type);
     return 0;
 }
 
@@ -142,7 +117,14 @@ module_clear(PyObject *module)
     Py_CLEAR(state->errors);
     Py_CLEAR(state->restore_type);
     Py_CLEAR(state->predict_type);
+    Py_CLEAR(state->memory_type);
     return 0;
+}
+
+static void
+module_free(void *module)
+{
+    py_krul_unmap(&py_krul_state_of(module)->spare);
 }
 
 static PyModuleDef_Slot module_slots[] = {
@@ -161,6 +143,7 @@ static PyModuleDef module_definition = {
     .m_slots = module_slots,
     .m_traverse = module_traverse,
     .m_clear = module_clear,
+    .m_free = module_free,
 };
 
 PyMODINIT_FUNC

@@ -33,21 +33,64 @@ release_arrays(py_restore *self)
     self->n_payloads = 0;
 }
 
-/* Fill one step from (fd, payload or None, entry, (array or None, ...)), where it is coded with a
- * profile with a Predict behind them. On a machine that is made
- * up an array is anything but None, and only that counts. */
+/* The view of an array, borrowed when it is seen for the first time; NULL with an exception. */
+static const krul_view *
+view_of(py_krul_state *state, py_restore *self, PyObject *array, PyObject *known)
+{
+    PyObject *key = PyLong_FromVoidPtr(array);
+    PyObject *index = key == NULL ? NULL : PyDict_GetItemWithError(known, key);
+    const krul_view *view = NULL;
+    if (index != NULL) {
+        view = &self->arrays[PyLong_AsSsize_t(index)].view;
+    }
+    else if (key != NULL && !PyErr_Occurred()) {
+        py_krul_borrowed *borrowed = &self->arrays[self->n_arrays];
+        if (py_krul_borrow(state, array, "a step's array", true, borrowed) == 0) {
+            index = PyLong_FromSsize_t(self->n_arrays++);
+            if (index != NULL && PyDict_SetItem(known, key, index) == 0) {
+                view = &borrowed->view;
+            }
+            Py_XDECREF(index);
+        }
+    }
+    Py_XDECREF(key);
+    return view;
+}
+
+/* The part of a whole layer that a step writes to. */
 static int
-parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_step *step)
+slice_view(const krul_view *whole, int64_t token_start, int64_t n_tokens, krul_view *out)
+{
+    int64_t n_room = whole->shape[2];
+    if (n_tokens < 1 || token_start < 0 || n_tokens > n_room || token_start > n_room - n_tokens) {
+        PyErr_Format(PyExc_ValueError,
+                     "a step writes %lld tokens from %lld but its array has room for %lld",
+                     (long long)n_tokens, (long long)token_start, (long long)n_room);
+        return -1;
+    }
+    *out = krul_view_slice_tokens(whole, token_start, n_tokens);
+    return 0;
+}
+
+/* Fill one step from (fd, payload or None, entry, (array or None, ...)), with a Predict behind them
+ * where it is coded with a profile, and the tokens that it writes where arrays are whole layers. On a
+ * machine that is made up an array is anything but None, and only that counts. `known` says where
+ * arrays were borrowed before. */
+static int
+parse_step(py_krul_state *state, py_restore *self, PyObject *item, PyObject *known,
+           krul_restore_step *step)
 {
     PyObject *payload, *entry, *arrays, *predictor = Py_None;
+    long long n_tokens = -1;
     int result = -1;
     memset(step, 0, sizeof *step);
     PyObject *tuple = PySequence_Tuple(item);
     PyObject *outputs = NULL;
-    if (tuple == NULL || !PyArg_ParseTuple(tuple,
-                                           "iOOO|O;a step is (fd, payload, entry, arrays, "
-                                           "predictor)",
-                                           &step->fd, &payload, &entry, &arrays, &predictor)) {
+    if (tuple == NULL ||
+        !PyArg_ParseTuple(tuple,
+                          "iOOO|OL;a step is (fd, payload, entry, arrays, "
+                          "predictor, n_tokens)",
+                          &step->fd, &payload, &entry, &arrays, &predictor, &n_tokens)) {
         goto done;
     }
     if (py_krul_entry_from_tuple(entry, &step->entry) != 0) {
@@ -93,12 +136,15 @@ parse_step(py_krul_state *state, py_restore *self, PyObject *item, krul_restore_
             step->views[i].shape[2] = step->entry.n_tokens;
             continue;
         }
-        py_krul_borrowed *borrowed = &self->arrays[self->n_arrays];
-        if (py_krul_borrow(state, array, "a step's array", true, borrowed) != 0) {
+        const krul_view *view = view_of(state, self, array, known);
+        if (view == NULL) {
             goto done;
         }
-        self->n_arrays++;
-        step->views[i] = borrowed->view;
+        step->views[i] = *view;
+        if (n_tokens >= 0 &&
+            slice_view(view, step->entry.token_start, n_tokens, &step->views[i]) != 0) {
+            goto done;
+        }
     }
     result = 0;
 done:
@@ -148,8 +194,9 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     Py_ssize_t n_steps = PyTuple_GET_SIZE(items);
     krul_restore_step *steps = PyMem_Calloc((size_t)n_steps + 1, sizeof *steps);
+    PyObject *known = PyDict_New();
     py_restore *self = (py_restore *)type->tp_alloc(type, 0);
-    bool is_good = self != NULL && steps != NULL;
+    bool is_good = self != NULL && steps != NULL && known != NULL;
     if (is_good && machine != Py_None) {
         self->is_made_up = true;
         options.machine = &self->machine;
@@ -167,7 +214,7 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_NoMemory();
     }
     for (Py_ssize_t i = 0; i < n_steps && is_good; i++) {
-        is_good = parse_step(state, self, PyTuple_GET_ITEM(items, i), &steps[i]) == 0;
+        is_good = parse_step(state, self, PyTuple_GET_ITEM(items, i), known, &steps[i]) == 0;
     }
     if (is_good) {
         krul_error err;
@@ -183,6 +230,7 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     PyMem_Free(steps);
     Py_DECREF(items);
+    Py_XDECREF(known);
     if (!is_good) {
         Py_XDECREF(self);
         return NULL;
@@ -468,8 +516,9 @@ PyDoc_STRVAR(restore_doc,
              "Restore(steps, n_layers, n_threads=0, backend=None, max_bytes_per_s=0.0, "
              "machine=None)\n--\n\n"
              "Blocks on their way from files or memory into arrays, on threads of the library.\n\n"
-             "Each step is ``(fd, payload or None, entry, arrays)``; arrays are written in place\n"
-             "and are kept alive, files must stay open until `close`. A machine is\n"
+             "Each step is ``(fd, payload or None, entry, arrays)``, then a Predict or None, and how\n"
+             "many tokens it writes, from its own first, where the arrays are whole layers. Arrays\n"
+             "are written in place and kept alive, files must stay open until `close`. A machine is\n"
              "``(read_bytes_per_s, read_latency_s, decode_bytes_per_s)``: one that is made up, on\n"
              "which only a clock moves.");
 
