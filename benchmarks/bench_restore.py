@@ -33,7 +33,7 @@ from krul import _core, probe
 from krul.compressor import CODECS
 from krul.demo_model import load
 
-from . import harness, texts
+from . import bench_quality, harness, texts
 
 Part = float | str  # an x, or the fast store
 FAST = "fast"
@@ -170,13 +170,16 @@ class _HiddenSource:
 class Bench:
     """The model, a text, and stores that hold it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_profile: bool = False) -> None:
         # float32: what every processor multiplies fast, and where equal means equal.
         self.tokenizer, self.model = load(torch.float32)
         self.folder = folder
         self.words = texts.text("manual")
         self.ids = self.tokenizer(self.words, return_tensors="pt").input_ids
         self.rows: list[dict[str, Any]] = []
+        self.profile = (
+            bench_quality.fitted_profile(self.model, self.tokenizer) if has_profile else None
+        )
 
     @torch.no_grad()
     def first_token(self, cache: Any, n_tokens: int, n_prompt: int = N_PROMPT) -> torch.Tensor:
@@ -201,6 +204,9 @@ class Bench:
     def save(self, n_tokens: int, name: str, **settings: Any) -> tuple[krul.Store, int]:
         """Store the history under a codec as it is named; return the store and the bytes."""
         store = krul.Store(self.folder / f"{name.replace('/', '-')}-{n_tokens}")
+        if name == "predict":
+            assert self.profile is not None
+            store.add_profile(self.profile)
         chosen = krul.Settings(guard_tokens=0, **settings)
         with store.open("history", self.model, settings=chosen) as cache:
             self.run(cache, n_tokens)
@@ -255,14 +261,14 @@ class Bench:
                 max_kl=math.inf,
             )
         )
-        for codec in ("int8", "int4"):
+        for codec in ("int8", "int4", *(["predict"] if self.profile else [])):
             store, n_bytes = self.save(n_tokens, codec, codec=codec, estimator_rows=0)
             found.append(
                 Way(f"krul {codec}", opened(store, "auto"), n_bytes, n_bytes, max_kl=math.inf)
             )
         return found
 
-    def fast_store(self, n_tokens: int, ways: list[Way]) -> None:
+    def fast_store(self, n_tokens: int, ways: list[Way], recompute_s: float) -> None:
         """Time krul's ways without a limit against a cache in memory, by turns."""
         mine = [way for way in ways if way.name.startswith("krul")]
         # With what a stored one has too: hooks, and the estimator that sees the attention.
@@ -291,6 +297,8 @@ class Bench:
                         "first_token_s": statistics.median(found),
                         "minimum_s": min(found),
                         "n_runs": len(found),
+                        # Which has N_PROMPT new tokens; more would make it longer.
+                        "faster_than_recompute": recompute_s / statistics.median(found),
                         "times_memory": statistics.median(found) / memory_s,
                     }
                 )
@@ -299,16 +307,16 @@ class Bench:
     def one_history(self, n_tokens: int, parts: tuple[Part, ...]) -> None:
         """Time every way at every x, or from a fast store."""
         ways = self.ways(n_tokens)
-        if FAST in parts:
-            print(f"{n_tokens:,} tokens, fast store ...", file=sys.stderr, flush=True)
-            self.fast_store(n_tokens, ways)
-        xs = [x for x in parts if not isinstance(x, str)]
-        if not xs:
-            return
         expected = self.recompute(n_tokens)
         recompute_s = statistics.median(
             _seconds(lambda: self.recompute(n_tokens)) for _ in range(3 if n_tokens < 4096 else 1)
         )
+        if FAST in parts:
+            print(f"{n_tokens:,} tokens, fast store ...", file=sys.stderr, flush=True)
+            self.fast_store(n_tokens, ways, recompute_s)
+        xs = [x for x in parts if not isinstance(x, str)]
+        if not xs:
+            return
         # What no restore is faster than: the new prompt's pass over a cache that is there.
         with self.run(krul.Cache(model=self.model), n_tokens) as cache:
             prompt_s = min(_prompt_s(self, cache, n_tokens) for _ in range(3))
@@ -469,7 +477,7 @@ def main() -> None:
         chosen = dict(options.only)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), has_profile=not options.quick)
         # Ask the model what works with it, once; not part of any wait.
         krul.attach(bench.model)
         probe.probe(bench.model)

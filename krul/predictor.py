@@ -53,7 +53,7 @@ def make_predictor(
     library = blas.find()
     places = np.asarray(positions, np.int64)
     n_tokens = places.shape[-1]
-    tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    tables: dict[tuple[bytes, float], tuple[np.ndarray, np.ndarray]] = {}  # mostly one for all
     layers: list[tuple[Any, ...] | None] = []
     for layer in profile.layers:
         if layer is None:
@@ -62,9 +62,10 @@ def make_predictor(
         rotary = layer.rotary
         cos = sin = None
         if rotary.convention != "none":
-            if id(rotary) not in tables:
-                tables[id(rotary)] = rotary.tables(places.reshape(-1))
-            cos, sin = tables[id(rotary)]
+            key = (rotary.frequencies.tobytes(), rotary.scaling)
+            if key not in tables:
+                tables[key] = rotary.tables(places.reshape(-1))
+            cos, sin = tables[key]
         is_low = layer.left is not None
         layers.append(
             (
