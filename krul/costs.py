@@ -232,7 +232,10 @@ class CostBook:
                     self._is_changed = True
 
     def add_divergence(self, profile: str, step: float, mean_kl: float) -> None:
-        """Note what the guard measured of codec predict, with a profile and at a step."""
+        """Note what the guard measured of codec predict, with a profile and at a step.
+
+        Or of integers, under that name: their step is the root of the squared error.
+        """
         if step > 0 and _is_in(mean_kl, _DIVERGENCE_RANGE):
             with self._lock:
                 known = self._kl_per_step2.get(profile)

@@ -157,6 +157,7 @@ class Encoder:
 
     work: Work
     blocks: dict[_Key, tuple[Encoded, ...]] = field(default_factory=dict)
+    _errors: dict[str, dict[tuple[int, int], tuple[float, int]]] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
         """Tokens of a layer that this save writes: the new ones, or all that a window holds."""
@@ -336,8 +337,10 @@ class Encoder:
     def errors(self, codec: str) -> dict[tuple[int, int], tuple[float, int]]:
         """Relative squared error and bytes of each (layer, kv) under a codec of single layers.
 
-        What has to be encoded for it is not kept.
+        What has to be encoded for it is not kept, but what it comes to is.
         """
+        if codec in self._errors:
+            return self._errors[codec]
         sums: dict[tuple[int, int], list[float]] = {}
         keys = self._keys(self.uniform(codec))
         for start in range(0, len(keys), _BLOCKS_AT_ONCE):
@@ -349,10 +352,11 @@ class Encoder:
                 total[0] += block.error
                 total[1] += block.power
                 total[2] += block.entry.payload_bytes
-        return {
+        self._errors[codec] = {
             key: (error / power if power > 0 else 0.0, int(n_bytes))
             for key, (error, power, n_bytes) in sums.items()
         }
+        return self._errors[codec]
 
     def uniform(self, codec: str) -> Strategy:
         """Return the strategy that codes every layer alike."""

@@ -30,11 +30,14 @@ from .predictor import make_predictor
 from .reports import SaveReport
 from .source import starts_by_layer, whole_blocks
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
-from .strategy import find_predicted, strategies, summary
+from .strategy import error_of, find_predicted, strategies, summary
 
 __all__ = ["save_cache"]
 
 _PREDICT = CODECS["predict"]
+
+# Under which the book of costs has what integers do, where there is no profile to name.
+_INTEGERS = "integers"
 
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
@@ -313,10 +316,13 @@ def _select(
                 if not settings.guard_tokens:
                     notes.append("the guard is off: nothing was measured")
                 return found
-    candidates = strategies(encoder, notes)
+    first = book.step_for(_INTEGERS, 1.0) if n_guard > 0 else None
+    candidates = strategies(encoder, notes, None if first is None else first**-2)
+    verdict: guard.Verdict | None = None
     while True:
         started = time.perf_counter()
-        strategy = next(candidates)
+        strategy = candidates.send(verdict)
+        verdict = None
         if settings.guard_tokens and n_guard < 1 and not strategy.is_exact():
             continue
         encoded.clear()  # what was refused must not take memory beside what comes next
@@ -334,6 +340,9 @@ def _select(
             return strategy, encoded, nothing
         verdict = _measure(work, encoded, n_guard)
         seconds["guard"] += time.perf_counter() - started
+        if settings.codec in ("auto", "predict"):
+            error = error_of(encoder, strategy)
+            book.add_divergence(_INTEGERS, math.sqrt(error or 0.0), verdict.mean_kl)
         if verdict.accepts(settings.max_kl, settings.min_top1):
             return strategy, encoded, verdict
         notes.append(

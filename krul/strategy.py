@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from . import _core, blas, selector
+from .allocate import least_bytes
 from .compressor import CODECS
 from .encode import KEY, VALUE, Encoded, Encoder, Strategy, Work
 from .guard import Verdict
 
-__all__ = ["Tried", "find_predicted", "strategies", "summary"]
+__all__ = ["Tried", "error_of", "find_predicted", "strategies", "summary"]
 
 #: A strategy, its blocks, and what the guard measured of it.
 Tried = tuple[Strategy, list[Encoded], Verdict]
@@ -25,6 +26,9 @@ _AIM, _MOST = 0.5, 0.7
 # A step that reaches this part is coarse enough: another try costs an encoding and a forward pass.
 _ENOUGH = 0.35
 _MAX_TRIES = 5
+# What is mixed tensor by tensor where no profile is known, coarse to fine, and how often anew.
+_MIXED = ("int4", "int8")
+_MAX_MIXTURES = 3
 # Before anything was measured of a model.
 _FIRST_STEP = 0.5
 _STEP_RANGE = (0.002, 8.0)
@@ -162,29 +166,24 @@ def find_predicted(
     return best
 
 
-def strategies(encoder: Encoder, notes: list[str]) -> Iterator[Strategy]:
-    """Yield what may be tried, each finer than the one before; the last is exact."""
+def strategies(
+    encoder: Encoder, notes: list[str], kl_per_error: float | None = None
+) -> Generator[Strategy, Verdict | None, None]:
+    """Yield what may be tried, and take what the guard says of it; the last is exact.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    notes : list of str
+        What is found out is added.
+    kl_per_error : float, optional
+        The divergence that a unit of `error_of` gave when this model was saved before.
+    """
     work = encoder.work
     wanted = work.settings.codec
     exact, int8, int4 = (encoder.uniform(codec) for codec in ("exact", "int8", "int4"))
     if wanted in ("auto", "predict"):
-        encoder.encode(int4)  # of what is tried first, at least a part is this
-        int4_errors = encoder.errors("int4")
-        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), int4_errors)
-        if pairs:
-            yield _with_sharing(int4, pairs, "share+int4")
-        yield int4
-        # The half of the tensors that gains most per byte goes to int8 first.
-        int8_errors = encoder.errors("int8")
-        gain = {
-            key: (error - int8_errors[key][0]) / max(1, int8_errors[key][1] - n_bytes)
-            for key, (error, n_bytes) in int4_errors.items()
-        }
-        finer = set(sorted(gain, key=lambda key: (-gain[key], key))[: (len(gain) + 1) // 2])
-        codecs = [list(pair) for pair in int4.codecs]
-        for layer, kv in finer:
-            codecs[layer][kv] = "int8"
-        yield Strategy(tuple((k, v) for k, v in codecs))
+        yield from _mixtures(encoder, int4, kl_per_error)
         yield int8
     elif wanted.startswith("share"):
         pairs = _choose_pairs(work, notes)
@@ -200,6 +199,65 @@ def strategies(encoder: Encoder, notes: list[str]) -> Iterator[Strategy]:
     elif wanted == "int8":
         yield int8
     yield exact
+
+
+def error_of(encoder: Encoder, strategy: Strategy) -> float | None:
+    """Return what a strategy does to all K and V, as relative squared errors added up.
+
+    None where a codec is not one of `_MIXED`: what others do is no noise.
+    """
+    total = 0.0
+    for codec in {name for pair in strategy.codecs for name in pair}:
+        if codec not in _MIXED:
+            return None
+        total += sum(
+            error
+            for (layer, kv), (error, _) in encoder.errors(codec).items()
+            if strategy.codecs[layer][kv] == codec
+        )
+    return total
+
+
+def _mixtures(
+    encoder: Encoder, int4: Strategy, kl_per_error: float | None
+) -> Generator[Strategy, Verdict | None, None]:
+    """Yield int4 with what may be shared, int4, and the least bytes for less and less error.
+
+    What a relative squared error costs is not known of each tensor without a profile, so it counts
+    alike in all; how much of it comes to how much divergence is what the guard says, of this
+    conversation or of those before it.
+    """
+    work = encoder.work
+    encoder.encode(int4)  # of what is tried first, at least a part is this
+    errors = {codec: encoder.errors(codec) for codec in ("int4",)}
+    whole = sum(error for error, _ in errors["int4"].values())
+    aim = _AIM * work.settings.max_kl
+    if kl_per_error is None or whole * kl_per_error <= _MOST * work.settings.max_kl:
+        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), errors["int4"])
+        if pairs:
+            yield _with_sharing(int4, pairs, "share+int4")
+        verdict = yield int4
+        if verdict is not None and whole > 0:
+            kl_per_error = verdict.mean_kl / whole
+    if kl_per_error is None or not math.isfinite(kl_per_error) or kl_per_error <= 0:
+        return
+    errors["int8"] = encoder.errors("int8")
+    options = {
+        key: [(errors[codec][key][1], errors[codec][key][0]) for codec in _MIXED]
+        for key in errors["int4"]
+    }
+    for _ in range(_MAX_MIXTURES):
+        chosen = least_bytes(options, aim / kl_per_error)
+        if not any(chosen.values()) or all(chosen.values()):
+            return
+        codecs = [list(pair) for pair in int4.codecs]
+        for (layer, kv), index in chosen.items():
+            codecs[layer][kv] = _MIXED[index]
+        verdict = yield Strategy(tuple((k, v) for k, v in codecs))
+        total = sum(options[key][index][1] for key, index in chosen.items())
+        if verdict is not None and total > 0:
+            # Refused though it was thought to be good enough: by divergence, or by top-1.
+            kl_per_error = max(2 * kl_per_error, verdict.mean_kl / total)
 
 
 def summary(strategy: Strategy) -> str:
