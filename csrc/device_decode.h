@@ -64,6 +64,7 @@ typedef struct krul_device_output {
 typedef struct krul_device_descriptor {
     krul_device_output outputs[KRUL_COMPRESSOR_MAX_VIEWS];
     int32_t kv;
+    int32_t n_planes; /* batch items times heads */
     int32_t n_heads;
     int32_t n_tokens; /* of the block */
     int32_t n_wanted; /* the first of them */
@@ -77,6 +78,7 @@ typedef struct krul_device_descriptor {
     int32_t n_kept; /* share */
     int32_t n_merged;
     int32_t n_chunks; /* exact */
+    int32_t reserved;
     uint64_t data_offset;
     uint64_t plane_bytes;
     uint64_t minima_bytes; /* int: where in a plane minima and codes begin */
