@@ -685,8 +685,37 @@ krul_status krul_restore_plan_steps(const krul_restore_costs *costs, const int64
                                     krul_restore_plan_step *steps_out, int64_t *n_steps_out,
                                     krul_error *err) KRUL_MUST_CHECK;
 
+/* ---- device ---------------------------------------------------------------------------------- */
+/* The way to a GPU, which its own module offers by a table; see device.h. */
+
+typedef struct krul_device_ops krul_device_ops;
+
+/* Memory and streams of devices, kept from one restore to the next. */
+typedef struct krul_device_pool krul_device_pool;
+
+/* 0 stands for what is usual. */
+typedef struct krul_device_pool_options {
+    size_t chunk_bytes; /* of pinned memory, and of the device's, that are copied at once */
+    int32_t n_chunks; /* of a restore and device */
+    int32_t n_idle; /* most restores whose memory is kept */
+} krul_device_pool_options;
+
+/* Takes no memory of any device yet. options NULL: all usual. */
+krul_status krul_device_pool_new(const krul_device_ops *ops,
+                                 const krul_device_pool_options *options, krul_device_pool **out,
+                                 krul_error *err) KRUL_MUST_CHECK;
+
+const krul_device_ops *krul_device_pool_ops(const krul_device_pool *pool);
+
+/* No restore may be under way that uses it. NULL is allowed. */
+void krul_device_pool_free(krul_device_pool *pool);
+
 /* ---- restore --------------------------------------------------------------------------------- */
-/* Blocks are read, checked and decoded by threads in the order given; a layer can be waited for. */
+/* Blocks are read, checked and decoded by threads in the order given; a layer can be waited for.
+ *
+ * Where views are on a device, many blocks are copied there in one piece and decoded by it. A thread
+ * is done with such a step when it has enqueued that, on streams of the restore's own: what else uses
+ * the views must be ordered against these. */
 
 typedef struct krul_restore krul_restore;
 
@@ -709,10 +738,19 @@ typedef struct krul_restore_machine {
     double now_s; /* the caller adds what it does itself; waiting adds what it takes */
 } krul_restore_machine;
 
+/* A stream of a device, as its table knows streams. */
+typedef struct krul_device_stream {
+    int32_t device_id;
+    void *stream;
+} krul_device_stream;
+
 typedef struct krul_restore_options {
     int n_threads; /* 0: all processors */
     double max_bytes_per_s; /* that are read from files; 0: no limit */
     krul_restore_machine *machine; /* borrowed until krul_restore_free; NULL: this one */
+    krul_device_pool *devices; /* for views that are on one; borrowed likewise; NULL: none are */
+    const krul_device_stream *streams; /* whose work so far comes before anything is written */
+    int32_t n_streams;
 } krul_restore_options;
 
 /* How a restore went, or goes. */
@@ -748,18 +786,32 @@ krul_status krul_restore_start(const krul_backend *backend, const krul_restore_s
                                const krul_restore_options *options, krul_restore **out,
                                krul_error *err) KRUL_MUST_CHECK;
 
-/* Wait for one layer; sleeps, never spins. Returns the failure of a step of this layer, or
+/* Wait for one layer; sleeps, never spins. On a device its blocks are then enqueued. Returns the failure of a step of this layer, or
  * KRUL_STATUS_CANCELLED. Other layers go on when one fails. */
 krul_status krul_restore_wait(krul_restore *restore, int32_t layer,
                               krul_error *err) KRUL_MUST_CHECK;
+
+/* The same, and what is enqueued on `stream` from now on, a stream of the layer's device, comes after
+ * the layer's blocks; the host does not wait for them. For a layer that is on no device `stream` is
+ * not looked at. Damage that only the device could see is told by krul_restore_join at the latest. */
+krul_status krul_restore_wait_stream(krul_restore *restore, int32_t layer, void *stream,
+                                     krul_error *err) KRUL_MUST_CHECK;
 
 /* Sleep until the layer is complete, failed or cancelled, so that krul_restore_wait would return at
  * once, or until timeout_s has passed (0: only ask). Says which. True for a layer that is none. */
 bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s);
 
 /* The caller writes the first n_tokens tokens of a layer itself: steps that hold nothing behind
- * them are dropped. When it returns no thread writes there, now or later. */
+ * them are dropped. When it returns no thread writes there, now or later, and nothing that does is
+ * enqueued any more. What was enqueued before may still be under way on a device: krul_restore_lead
+ * says to which stream of the caller's it comes first. */
 void krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens);
+
+/* What is enqueued on `stream` from now on, a stream of that device, comes after all that this
+ * restore has enqueued there so far; the host does not wait. Without steps on the device nothing
+ * happens. */
+krul_status krul_restore_lead(krul_restore *restore, int32_t device_id, void *stream,
+                              krul_error *err) KRUL_MUST_CHECK;
 
 /* Take steps that have not begun in this order from now on: a permutation of n_steps indices. */
 krul_status krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps,
@@ -771,12 +823,12 @@ void krul_restore_limit(krul_restore *restore, double max_bytes_per_s);
 /* Steps not begun are dropped and waiters wake with KRUL_STATUS_CANCELLED. */
 void krul_restore_cancel(krul_restore *restore);
 
-/* Cancel, and wait until no thread touches a view any more. A read that hangs is not waited for:
- * files and payloads are still in use. */
+/* Cancel, and wait until no thread and no device touches a view any more. A read that hangs is not
+ * waited for: files and payloads are still in use. */
 void krul_restore_abandon(krul_restore *restore);
 
-/* Wait until no thread touches a view, a file or a payload any more. Layers that failed or were
- * cancelled stay so. */
+/* Wait until no thread touches a view, a file or a payload any more, and no device a view. Layers
+ * that failed or were cancelled stay so; krul_restore_wait then tells of all damage. */
 void krul_restore_join(krul_restore *restore);
 
 void krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out);
@@ -784,7 +836,7 @@ void krul_restore_read_counts(krul_restore *restore, krul_restore_counts *out);
 /* One row for each step, in the order they were given. */
 void krul_restore_read_trace(krul_restore *restore, krul_restore_trace *out);
 
-/* Cancel, join the threads, free. NULL is allowed. */
+/* Cancel, join the threads and wait for the devices, free. NULL is allowed. */
 void krul_restore_free(krul_restore *restore);
 
 #ifdef __cplusplus

@@ -5,6 +5,10 @@
  * mapping kills the process. Between reading and decoding a thread looks again at what is wanted: a
  * read that hangs then holds up nobody who has given up on it.
  *
+ * Steps whose views are on a device are read into a chunk, many of them, and the thread enqueues its
+ * copy and decoding; see restore_device.c. It takes a chunk before it takes a step: who has a step
+ * must get on without waiting for a thread that took a later one.
+ *
  * On a machine that is made up there are no threads: whoever waits carries the steps out, each on
  * the worker that is free first, and reading and decoding only move clocks. */
 #include <math.h>
@@ -14,6 +18,7 @@
 #include <time.h>
 
 #include "internal.h"
+#include "restore_device.h"
 #include "restore_step.h"
 
 typedef enum step_state {
@@ -23,11 +28,18 @@ typedef enum step_state {
     STEP_DONE,
 } step_state;
 
+/* Most devices of one restore, and what stands for none. */
+enum { MAX_LANES = 64, NO_LANE = 255 };
+
 /* What is known of one layer. */
 typedef struct restore_layer {
     int64_t n_steps_left;
     double end_s; /* of its last step so far */
     krul_error failure; /* of the first step that failed */
+    krul_lane *lane; /* of a layer on a device, else NULL */
+    void *event; /* behind all that was enqueued for it, once it waits for no step */
+    bool is_enqueued; /* something was */
+    bool has_event; /* and the event was recorded */
 } restore_layer;
 
 struct krul_restore {
@@ -40,6 +52,10 @@ struct krul_restore {
     int64_t n_steps;
     size_t buffer_bytes; /* the largest payload that is read from a file */
     krul_status *failures; /* of each step; with the lock */
+    uint8_t *is_decoded; /* what is predicted from a step may be decoded; with the lock */
+    uint8_t *step_lanes; /* the lane of each step, or NO_LANE */
+    krul_lane *lanes[MAX_LANES];
+    int32_t n_lanes;
     restore_layer *layers;
     int32_t n_layers;
     krul_pool *pool;
@@ -62,6 +78,10 @@ struct krul_restore {
 
 /* The most that one read is made to last, so that any rate gives a time that a clock can hold. */
 static const double max_read_s = 1e6;
+
+/* A chunk is enqueued before it is full when filling it has taken so long: the store is slow then, and
+ * what is there is better decoded. */
+static const double max_fill_s = 5e-3;
 
 /* ---- time -------------------------------------------------------------------------------------- */
 
@@ -120,17 +140,43 @@ decoded_bytes(const krul_store_entry *entry, const krul_view *views)
            (uint64_t)entry->n_tokens * (uint64_t)entry->head_dim * krul_dtype_bytes(entry->dtype);
 }
 
+/* A layer waits for one step less; with the lock. What was enqueued for it stands before its event. */
+static void
+count_step(restore_layer *layer)
+{
+    layer->n_steps_left--;
+    if (layer->n_steps_left > 0 || layer->lane == NULL || !layer->is_enqueued) {
+        return;
+    }
+    krul_lane *lane = layer->lane;
+    krul_error failure;
+    if (lane->ops->event_record(lane->device, layer->event, lane->decode_stream, &failure) ==
+        KRUL_STATUS_OK) {
+        layer->has_event = true;
+    }
+    else if (layer->failure.status == KRUL_STATUS_OK) {
+        layer->failure = failure;
+    }
+}
+
 /* The layer no longer waits for this step; with the lock. */
 static void
 let_go(krul_restore *restore, krul_restore_step *step, int view)
 {
     step->views[view].data = NULL;
-    restore->layers[krul_restore_layer_of(&step->entry, view)].n_steps_left--;
+    count_step(&restore->layers[krul_restore_layer_of(&step->entry, view)]);
 }
 
-/* The next step that somebody wants, now being read; -1 if there is none. With the lock. */
+static krul_lane *
+lane_of(const krul_restore *restore, int64_t index)
+{
+    uint8_t lane = restore->step_lanes[index];
+    return lane == NO_LANE ? NULL : restore->lanes[lane];
+}
+
+/* The next step that somebody wants; -1 if there is none. With the lock. */
 static int64_t
-take_step(krul_restore *restore)
+next_step(krul_restore *restore)
 {
     while (restore->next_step < restore->n_steps && !restore->is_cancelled) {
         int64_t index = restore->order[restore->next_step];
@@ -144,7 +190,6 @@ take_step(krul_restore *restore)
                    restore->states[restore->before[index]] == STEP_WAITING) {
                 index = restore->before[index];
             }
-            restore->states[index] = STEP_READING;
             return index;
         }
         restore->states[index] = STEP_DONE;
@@ -166,23 +211,24 @@ finish_step(krul_restore *restore, int64_t index, const krul_view *views, const 
         if (views[i].data == NULL) {
             continue;
         }
-        layer->n_steps_left--;
         if (trace->end_s > layer->end_s) {
             layer->end_s = trace->end_s;
         }
         if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
             layer->failure = *failure;
         }
+        count_step(layer);
     }
     if (failure->status != KRUL_STATUS_OK) {
         restore->failures[index] = failure->status;
     }
     restore->states[index] = STEP_DONE;
+    restore->is_decoded[index] = true;
     restore->traces[index] = *trace;
     counts->n_steps_done++;
     counts->read_s += trace->read_s - trace->begin_s;
     counts->decode_s += decode_s;
-    if (failure->status == KRUL_STATUS_OK) {
+    if (failure->status == KRUL_STATUS_OK && lane_of(restore, index) == NULL) {
         counts->decode_s_by_codec[entry->codec] += decode_s;
         counts->decoded_bytes_by_codec[entry->codec] += decoded_bytes(entry, views);
     }
@@ -233,7 +279,7 @@ wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
     if (before < 0) {
         return KRUL_STATUS_OK;
     }
-    while (restore->states[before] != STEP_DONE && !restore->is_cancelled) {
+    while (!restore->is_decoded[before] && !restore->is_cancelled) {
         pthread_cond_wait(&restore->has_changed, &restore->lock);
     }
     krul_status status = restore->failures[before];
@@ -290,6 +336,203 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
     finish_step(restore, index, views, &failure, &trace);
 }
 
+/* ---- on a device ------------------------------------------------------------------------------- */
+
+/* Note a failure that came after a chunk's steps were done; with the lock. */
+static void
+fail_chunk(krul_restore *restore, const krul_chunk *chunk, const krul_error *failure)
+{
+    for (int32_t i = 0; i < chunk->n_steps; i++) {
+        const krul_store_entry *entry = &restore->steps[chunk->steps[i]].entry;
+        for (int k = 0; k < krul_restore_n_views(entry); k++) {
+            restore_layer *layer = &restore->layers[krul_restore_layer_of(entry, k)];
+            if (chunk->statuses[i] == KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
+                layer->failure = *failure;
+            }
+        }
+    }
+}
+
+/* Wait until the device is done with a chunk; with the lock, which is let go meanwhile. */
+static void
+drain(krul_restore *restore, krul_chunk *chunk)
+{
+    krul_error failure;
+    bool is_damaged = false;
+    pthread_mutex_unlock(&restore->lock);
+    krul_status status = krul_chunk_drain(chunk, &is_damaged, &failure);
+    if (status == KRUL_STATUS_OK && is_damaged) {
+        status = krul_fail(&failure, KRUL_STATUS_CORRUPT,
+                           "a block does not come out even, one of %d that were decoded at once",
+                           (int)chunk->n_steps);
+    }
+    pthread_mutex_lock(&restore->lock);
+    if (status != KRUL_STATUS_OK) {
+        fail_chunk(restore, chunk, &failure);
+    }
+    chunk->state = KRUL_CHUNK_FREE;
+    pthread_cond_broadcast(&restore->has_changed);
+}
+
+/* Wait until the device is done with all that was enqueued; with the lock. */
+static void
+drain_all(krul_restore *restore)
+{
+    for (int32_t i = 0; i < restore->n_lanes; i++) {
+        while (krul_lane_is_busy(restore->lanes[i])) {
+            krul_chunk *chunk = krul_lane_oldest_chunk(restore->lanes[i]);
+            if (chunk != NULL) {
+                drain(restore, chunk);
+            }
+            else {
+                pthread_cond_wait(&restore->has_changed, &restore->lock);
+            }
+        }
+    }
+}
+
+/* A chunk to be filled; NULL when the lock was let go: then it is time to look again what is to be
+ * done. With the lock. */
+static krul_chunk *
+next_chunk(krul_restore *restore, krul_lane *lane)
+{
+    krul_chunk *chunk = krul_lane_next_chunk(lane);
+    if (chunk != NULL) {
+        return chunk;
+    }
+    krul_chunk *oldest = krul_lane_oldest_chunk(lane);
+    if (oldest != NULL) {
+        drain(restore, oldest);
+    }
+    else {
+        pthread_cond_wait(&restore->has_changed, &restore->lock);
+    }
+    return NULL;
+}
+
+/* Bring one step into a chunk, or end it here; with the lock, which is let go meanwhile. */
+static void
+fill_chunk(krul_restore *restore, krul_chunk *chunk, int64_t index, int32_t worker, uint8_t *buffer)
+{
+    krul_restore_step *step = &restore->steps[index];
+    const krul_store_entry *entry = &step->entry;
+    bool is_raw = !chunk->lane->ops->decode_is_supported(entry);
+    uint8_t *to = is_raw ? buffer : krul_chunk_payload(chunk);
+    const uint8_t *payload = step->fd >= 0 ? to : step->payload;
+    krul_error failure = {.status = KRUL_STATUS_OK};
+    krul_restore_trace trace = {.worker = worker, .begin_s = clock_s() - restore->start_s};
+    krul_status status = KRUL_STATUS_OK;
+    restore->states[index] = STEP_READING;
+    pthread_mutex_unlock(&restore->lock);
+    if (to == NULL) {
+        status = krul_fail(&failure, KRUL_STATUS_NO_MEMORY,
+                           "no memory for a block of %zu coded bytes", restore->buffer_bytes);
+    }
+    else if (step->fd >= 0) {
+        status = read_step(restore, step, to, &failure);
+    }
+    else if (!is_raw && entry->payload_bytes > 0) {
+        memcpy(to, payload, (size_t)entry->payload_bytes);
+    }
+    trace.read_s = clock_s() - restore->start_s;
+
+    pthread_mutex_lock(&restore->lock);
+    if (status == KRUL_STATUS_OK && is_raw) {
+        status = wait_for_chain(restore, index, &failure);
+    }
+    bool is_needed = is_wanted(restore, index) && !restore->is_cancelled;
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    memcpy(views, step->views, sizeof views);
+    if (status == KRUL_STATUS_OK && is_needed && is_raw) {
+        krul_view host_views[KRUL_COMPRESSOR_MAX_VIEWS];
+        krul_chunk_host_views(chunk, entry, views, host_views);
+        pthread_mutex_unlock(&restore->lock);
+        status = krul_restore_decode(restore->backend, step, host_views, payload, &failure);
+        pthread_mutex_lock(&restore->lock);
+    }
+    if (status != KRUL_STATUS_OK || !is_needed) {
+        memcpy(views, step->views, sizeof views);
+        if (!is_needed) { /* what it would have filled was let go, or stays missing */
+            memset(views, 0, sizeof views);
+        }
+        trace.end_s = clock_s() - restore->start_s;
+        finish_step(restore, index, views, &failure, &trace);
+        return;
+    }
+    krul_chunk_add(chunk, index, entry, views);
+    restore->is_decoded[index] = is_raw;
+    pthread_cond_broadcast(&restore->has_changed);
+    /* Who looks at traces takes a step with a worker for done. */
+    trace.worker = -1;
+    restore->traces[index] = trace;
+}
+
+/* Enqueue what is in a chunk and end its steps; with the lock, which is let go meanwhile. */
+static void
+enqueue_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker)
+{
+    const krul_view none[KRUL_COMPRESSOR_MAX_VIEWS] = {{.data = NULL}, {.data = NULL}};
+    krul_error first_failure = {.status = KRUL_STATUS_OK};
+    krul_error failure = {.status = KRUL_STATUS_OK};
+    for (int32_t i = 0; i < chunk->n_steps; i++) {
+        int64_t index = chunk->steps[i];
+        bool is_good = chunk->statuses[i] == KRUL_STATUS_OK && !restore->is_cancelled;
+        krul_chunk_set_views(chunk, i, is_good ? restore->steps[index].views : none);
+        restore->states[index] = STEP_DECODING;
+    }
+    bool is_cancelled = restore->is_cancelled;
+    pthread_mutex_unlock(&restore->lock);
+    krul_status status = krul_chunk_enqueue(chunk, &first_failure, &failure);
+    double end_s = clock_s() - restore->start_s;
+
+    pthread_mutex_lock(&restore->lock);
+    for (int32_t i = 0; i < chunk->n_steps; i++) {
+        int64_t index = chunk->steps[i];
+        /* Nobody lets go of a view meanwhile. */
+        const krul_restore_step *step = &restore->steps[index];
+        const krul_view *views = is_cancelled ? none : step->views;
+        krul_error step_failure = {.status = KRUL_STATUS_OK};
+        if (status != KRUL_STATUS_OK) {
+            step_failure = failure;
+            chunk->statuses[i] = status;
+        }
+        else if (chunk->statuses[i] != KRUL_STATUS_OK) {
+            (void)krul_fail(&step_failure, chunk->statuses[i], "layer %d, tokens from %lld: %s",
+                            (int)step->entry.layer_lower, (long long)step->entry.token_start,
+                            first_failure.message);
+        }
+        for (int k = 0; k < krul_restore_n_views(&step->entry); k++) {
+            if (views[k].data != NULL && step_failure.status == KRUL_STATUS_OK) {
+                restore->layers[krul_restore_layer_of(&step->entry, k)].is_enqueued = true;
+            }
+        }
+        krul_restore_trace trace = restore->traces[index];
+        trace.worker = worker;
+        trace.end_s = end_s;
+        finish_step(restore, index, views, &step_failure, &trace);
+    }
+    bool is_enqueued = status == KRUL_STATUS_OK && chunk->n_blocks > 0;
+    chunk->state = is_enqueued ? KRUL_CHUNK_ENQUEUED : KRUL_CHUNK_FREE;
+    pthread_cond_broadcast(&restore->has_changed);
+}
+
+/* Carry out the next steps of a lane, as many as fit into a chunk; with the lock. */
+static void
+run_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker, uint8_t *buffer)
+{
+    double begin_s = clock_s();
+    int64_t index;
+    while ((index = next_step(restore)) >= 0 && lane_of(restore, index) == chunk->lane) {
+        const krul_restore_step *step = &restore->steps[index];
+        bool is_late = chunk->n_steps > 0 && clock_s() > begin_s + max_fill_s;
+        if (is_late || !krul_chunk_has_room(chunk, &step->entry, step->views)) {
+            break; /* one always fits: chunks are as large as the largest needs */
+        }
+        fill_chunk(restore, chunk, index, worker, buffer);
+    }
+    enqueue_chunk(restore, chunk, worker);
+}
+
 static void
 run_steps(void *argument)
 {
@@ -297,9 +540,19 @@ run_steps(void *argument)
     uint8_t *buffer = malloc(restore->buffer_bytes > 0 ? restore->buffer_bytes : 1);
     pthread_mutex_lock(&restore->lock);
     int32_t worker = restore->n_workers++;
-    for (int64_t index = take_step(restore); index >= 0; index = take_step(restore)) {
-        run_step(restore, index, worker, buffer);
+    int64_t index;
+    while ((index = next_step(restore)) >= 0) {
+        krul_lane *lane = lane_of(restore, index);
+        krul_chunk *chunk = NULL;
+        if (lane == NULL) {
+            restore->states[index] = STEP_READING;
+            run_step(restore, index, worker, buffer);
+        }
+        else if ((chunk = next_chunk(restore, lane)) != NULL) {
+            run_chunk(restore, chunk, worker, buffer);
+        }
     }
+    drain_all(restore);
     restore->n_running--;
     pthread_cond_broadcast(&restore->has_changed);
     pthread_mutex_unlock(&restore->lock);
@@ -331,10 +584,11 @@ imagine_step(krul_restore *restore, double until_s)
     if (begin_s > until_s) {
         return false;
     }
-    int64_t index = take_step(restore);
+    int64_t index = next_step(restore);
     if (index < 0) {
         return false;
     }
+    restore->states[index] = STEP_READING;
     const krul_restore_step *step = &restore->steps[index];
     krul_error failure = {.status = KRUL_STATUS_OK};
     double n_bytes = (double)step->entry.payload_bytes;
@@ -405,11 +659,14 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
     restore->layers = calloc((size_t)restore->n_layers + 1, sizeof *restore->layers);
     restore->order = calloc((size_t)n_steps + 1, sizeof *restore->order);
     restore->failures = calloc((size_t)n_steps + 1, sizeof *restore->failures);
+    restore->is_decoded = calloc((size_t)n_steps + 1, 1);
+    restore->step_lanes = malloc((size_t)n_steps + 1);
     restore->before = malloc(((size_t)n_steps + 1) * sizeof *restore->before);
     restore->after = malloc(((size_t)n_steps + 1) * sizeof *restore->after);
     if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
         restore->layers == NULL || restore->order == NULL || restore->failures == NULL ||
-        restore->before == NULL || restore->after == NULL) {
+        restore->is_decoded == NULL || restore->step_lanes == NULL || restore->before == NULL ||
+        restore->after == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
                          (long long)n_steps, (int)restore->n_layers);
     }
@@ -418,6 +675,7 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
         restore->steps[i] = *step;
         restore->before[i] = restore->after[i] = -1;
         restore->traces[i].worker = -1;
+        restore->step_lanes[i] = NO_LANE;
         restore->order[i] = i;
         if (step->fd >= 0 && step->entry.payload_bytes > restore->buffer_bytes) {
             restore->buffer_bytes = (size_t)step->entry.payload_bytes;
@@ -507,6 +765,120 @@ link_chains(krul_restore *restore, krul_error *err)
     return status;
 }
 
+/* The lane of a device among those found so far, entered if it is new; NO_LANE if there are too
+ * many. */
+static uint8_t
+enter_device(int32_t *device_ids, int32_t *n_devices, int32_t device_id)
+{
+    for (int32_t i = 0; i < *n_devices; i++) {
+        if (device_ids[i] == device_id) {
+            return (uint8_t)i;
+        }
+    }
+    if (*n_devices == MAX_LANES) {
+        return NO_LANE;
+    }
+    device_ids[*n_devices] = device_id;
+    return (uint8_t)(*n_devices)++;
+}
+
+/* Find out which steps are for which device, and what each device's lane must have room for. */
+static krul_status
+assign_lanes(krul_restore *restore, const krul_device_ops *ops, uint8_t *layer_lanes,
+             int32_t *device_ids, size_t *need_bytes, int32_t *n_devices, krul_error *err)
+{
+    for (int64_t i = 0; i < restore->n_steps; i++) {
+        const krul_restore_step *step = &restore->steps[i];
+        uint8_t lane = NO_LANE;
+        int n_seen = 0;
+        for (int k = 0; k < krul_restore_n_views(&step->entry); k++) {
+            const krul_view *view = &step->views[k];
+            int32_t layer = krul_restore_layer_of(&step->entry, k);
+            uint8_t here = NO_LANE;
+            if (view->data == NULL) {
+                continue;
+            }
+            if (view->device_type != KRUL_DEVICE_CPU) {
+                if (ops == NULL || view->device_type != ops->device_type) {
+                    return krul_fail(err, KRUL_STATUS_DEVICE,
+                                     "step %lld has an output on a device of type %d but there is "
+                                     "no table for it",
+                                     (long long)i, (int)view->device_type);
+                }
+                here = enter_device(device_ids, n_devices, view->device_id);
+                if (here == NO_LANE) {
+                    return krul_fail(err, KRUL_STATUS_UNSUPPORTED, "more than %d devices",
+                                     (int)MAX_LANES);
+                }
+            }
+            if ((n_seen > 0 && here != lane) ||
+                (layer_lanes[layer] != NO_LANE && here != layer_lanes[layer])) {
+                return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                                 "step %lld writes to layer %d on device %d, but what else it or "
+                                 "that layer has is elsewhere",
+                                 (long long)i, (int)layer, (int)view->device_id);
+            }
+            lane = layer_lanes[layer] = here;
+            n_seen++;
+        }
+        restore->step_lanes[i] = lane;
+        if (lane != NO_LANE) {
+            size_t n_bytes;
+            krul_status status = krul_chunk_need(ops, &step->entry, step->views, &n_bytes, err);
+            if (status != KRUL_STATUS_OK) {
+                return status;
+            }
+            need_bytes[lane] = n_bytes > need_bytes[lane] ? n_bytes : need_bytes[lane];
+        }
+    }
+    return KRUL_STATUS_OK;
+}
+
+/* Have a lane for each device that steps write to, behind what their streams were told so far. */
+static krul_status
+take_lanes(krul_restore *restore, const krul_restore_options *options, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    const krul_device_ops *ops = options->devices == NULL ? NULL
+                                                          : krul_device_pool_ops(options->devices);
+    int32_t device_ids[MAX_LANES], n_devices = 0, n_events[MAX_LANES] = {0};
+    size_t need_bytes[MAX_LANES] = {0};
+    uint8_t *layer_lanes = malloc((size_t)restore->n_layers + 1);
+    if (layer_lanes == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %d layers",
+                         (int)restore->n_layers);
+    }
+    memset(layer_lanes, NO_LANE, (size_t)restore->n_layers + 1);
+    KRUL_TRY(assign_lanes(restore, ops, layer_lanes, device_ids, need_bytes, &n_devices, err));
+    for (int32_t layer = 0; layer < restore->n_layers; layer++) {
+        if (layer_lanes[layer] != NO_LANE) {
+            n_events[layer_lanes[layer]]++;
+        }
+    }
+    for (int32_t i = 0; i < n_devices; i++) {
+        KRUL_TRY(krul_lane_take(options->devices, device_ids[i], need_bytes[i], n_events[i],
+                                &restore->lanes[i], err));
+        restore->n_lanes++;
+    }
+    for (int32_t layer = 0; layer < restore->n_layers; layer++) {
+        uint8_t lane = layer_lanes[layer];
+        if (lane != NO_LANE) {
+            restore->layers[layer].lane = restore->lanes[lane];
+            restore->layers[layer].event = restore->lanes[lane]->layer_events[--n_events[lane]];
+        }
+    }
+    for (int32_t i = 0; i < options->n_streams; i++) {
+        for (int32_t k = 0; k < n_devices; k++) {
+            if (device_ids[k] == options->streams[i].device_id) {
+                KRUL_TRY(krul_lane_follow(restore->lanes[k], options->streams[i].stream, err));
+            }
+        }
+    }
+done:
+    free(layer_lanes);
+    return status;
+}
+
 static krul_status
 start_workers(krul_restore *restore, int n_wanted, krul_error *err)
 {
@@ -568,6 +940,9 @@ krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, 
     restore->start_s = now_s(restore);
     KRUL_TRY(take_over(restore, steps, err));
     KRUL_TRY(link_chains(restore, err));
+    if (restore->machine == NULL) {
+        KRUL_TRY(take_lanes(restore, options, err));
+    }
     if (n_steps > 0) {
         int n_wanted = options->n_threads > 0 ? options->n_threads : krul_pool_n_processors();
         n_wanted = (int)krul_min_i64(krul_min_i64(n_wanted, n_steps), KRUL_POOL_MAX_THREADS);
@@ -613,6 +988,34 @@ krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
     if (is_missing) {
         return krul_fail(err, KRUL_STATUS_CANCELLED,
                          "the restore was cancelled before layer %d was in", (int)layer);
+    }
+    return KRUL_STATUS_OK;
+}
+
+krul_status
+krul_restore_wait_stream(krul_restore *restore, int32_t layer, void *stream, krul_error *err)
+{
+    krul_status status = krul_restore_wait(restore, layer, err);
+    if (status != KRUL_STATUS_OK || restore->machine != NULL) {
+        return status;
+    }
+    pthread_mutex_lock(&restore->lock);
+    const restore_layer *waited = &restore->layers[layer];
+    const krul_lane *lane = waited->has_event ? waited->lane : NULL;
+    pthread_mutex_unlock(&restore->lock);
+    if (lane != NULL) {
+        status = lane->ops->stream_wait_event(lane->device, stream, waited->event, err);
+    }
+    return status;
+}
+
+krul_status
+krul_restore_lead(krul_restore *restore, int32_t device_id, void *stream, krul_error *err)
+{
+    for (int32_t i = 0; i < restore->n_lanes; i++) {
+        if (restore->lanes[i]->device_id == device_id) {
+            return krul_lane_lead(restore->lanes[i], stream, err);
+        }
     }
     return KRUL_STATUS_OK;
 }
@@ -733,6 +1136,7 @@ krul_restore_abandon(krul_restore *restore)
             pthread_cond_wait(&restore->has_changed, &restore->lock);
         }
     }
+    drain_all(restore);
     pthread_mutex_unlock(&restore->lock);
 }
 
@@ -776,12 +1180,17 @@ krul_restore_free(krul_restore *restore)
     }
     krul_restore_cancel(restore);
     krul_pool_free(restore->pool);
+    for (int32_t i = 0; i < restore->n_lanes; i++) {
+        krul_lane_give(restore->lanes[i]);
+    }
     pthread_mutex_destroy(&restore->lock);
     pthread_cond_destroy(&restore->has_changed);
     free(restore->steps);
     free(restore->states);
     free(restore->traces);
     free(restore->failures);
+    free(restore->is_decoded);
+    free(restore->step_lanes);
     free(restore->before);
     free(restore->after);
     free(restore->layers);

@@ -28,6 +28,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .device import CPU, Stopwatch
 from .errors import CorruptionError, KrulError, MismatchError, ShapeError
 from .history import History, LayerSnapshot, Snapshot
 from .layer import (
@@ -40,7 +41,7 @@ from .layer import (
     sliding_n_held,
     sliding_state,
 )
-from .model import run_apart
+from .model import input_device, run_apart
 from .recompute import recompute_prefix
 from .reports import RestoreReport, SaveReport
 from .settings import Settings
@@ -74,7 +75,7 @@ class _Feed:
     sliding: list[tuple[int, tuple[torch.Tensor | None, torch.Tensor | None, int]]]
     thread_id: int
     n_batch: int  # 0 where it is not known
-    started: float
+    watch: Stopwatch
     is_first: bool  # over a history that is being restored
 
 
@@ -189,6 +190,7 @@ class Cache(DynamicCache):
     def _init_state(self) -> None:
         """Set what a copy does not inherit."""
         self._feed: _Feed | None = None
+        self._timed: list[_Feed] = []  # passes of which it is not known yet how long they took
         self._notes: list[str] = []
         self._n_cropped = 0
         self._n_recomputed: dict[int, int] = {}
@@ -294,7 +296,9 @@ class Cache(DynamicCache):
         """
         self._check_open()
         self._settle()
-        started, is_first = time.perf_counter(), self.source is not None
+        self._note_times()
+        is_first = self.source is not None
+        watch = Stopwatch(self._device())
         self._prepare_restore(n_new)
         n_before = self.n_tokens
         if self._known() is None:
@@ -310,7 +314,7 @@ class Cache(DynamicCache):
         ]
         n_batch = 0 if token_ids is None else token_ids.shape[0]
         self._feed = _Feed(
-            n_before, n_new, sliding, threading.get_ident(), n_batch, started, is_first
+            n_before, n_new, sliding, threading.get_ident(), n_batch, watch, is_first
         )
 
     def end_feed(self, *, is_failed: bool) -> None:
@@ -326,16 +330,28 @@ class Cache(DynamicCache):
                 f"{feed.n_before} to {self.n_tokens}"
             )
         else:
-            self._note_time(feed)
+            feed.watch.stop()
+            self._timed.append(feed)
+            self._note_times()
         self._feed = None
 
-    def _note_time(self, feed: _Feed) -> None:
-        """Keep what a pass took: for later plans, or against what this one predicted."""
-        seconds = time.perf_counter() - feed.started
-        if feed.is_first:
-            self._first_token_s = seconds
-        elif self.costs is not None and feed.n_batch == 1:
-            self.costs.add_forward(feed.n_before, feed.n_new, seconds)
+    def _device(self) -> torch.device:
+        """Return the device that passes begin on."""
+        return CPU if self.model is None else input_device(self.model)
+
+    def _note_times(self) -> None:
+        """Keep what passes took that are over: for later plans, or against what was predicted.
+
+        A pass is known to be over only later on a device that works behind its caller's back.
+        """
+        while self._timed and (seconds := self._timed[0].watch.seconds()) is not None:
+            feed = self._timed.pop(0)
+            if math.isnan(seconds):
+                continue
+            if feed.is_first:
+                self._first_token_s = seconds
+            elif self.costs is not None and feed.n_batch == 1:
+                self.costs.add_forward(feed.n_before, feed.n_new, seconds)
 
     def _undo_feed(self, feed: _Feed) -> None:
         for layer in self.layers:
@@ -590,7 +606,7 @@ class Cache(DynamicCache):
             )
         n_each = n_rows // n_given
         shared = self._common_prefix(given, given_mask).view(n_given, n_each)
-        self.batch_select_indices(shared.argmax(1) + torch.arange(n_given) * n_each)
+        self.batch_select_indices(shared.argmax(1) + torch.arange(n_given, device="cpu") * n_each)
 
     def _crop_or_roll_back(self, n_left: int) -> int:
         """Crop to `n_left` or to the longest prefix below it that can be had without computing."""
@@ -658,6 +674,7 @@ class Cache(DynamicCache):
     @property
     def restore_report(self) -> RestoreReport:
         """How the restore went or goes, and what was cropped and recomputed since."""
+        self._note_times()
         source = self.source
         report = self._base_report if source is None else _report_of(source, self._base_report)
         n_loaded = list(report.n_loaded_by_layer)
@@ -702,6 +719,8 @@ class Cache(DynamicCache):
     def _recompute_prefix(self, n_by_layer: list[int], **chunks: Any) -> None:
         """Write K and V of so many tokens of each layer into the buffers that are being filled."""
         ids, mask, positions = self._history.merge()  # type: ignore[union-attr]
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device="cpu")[None]
         recompute_prefix(
             self.model,
             ids,
@@ -712,7 +731,7 @@ class Cache(DynamicCache):
                 if getattr(layer, "pending", None) is not None
             },
             attention_mask=mask,
-            positions=torch.arange(ids.shape[1])[None] if positions is None else positions,
+            positions=positions,
             chunk_tokens=_RECOMPUTE_CHUNK,
             **chunks,
         )
@@ -818,7 +837,7 @@ class Cache(DynamicCache):
         """Run the model over the first `n_tokens` known tokens; return the plain cache."""
         ids, mask, positions = self._history.merge()  # type: ignore[union-attr]
         model = self.model
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         plain = DynamicCache(config=model.config.get_text_config(decoder=True))
         accepted = inspect.signature(inspect.unwrap(type(model).forward)).parameters
 
@@ -1052,6 +1071,8 @@ class Cache(DynamicCache):
             elif is_sliding(layer):
                 set_sliding_state(layer, None, None, 0)
         self._history, self._lost_reason = None, "the cache is closed"
+        self._note_times()
+        self._timed.clear()
         if self.costs is not None:
             self.costs.save()
         handle, self.handle = self.handle, None
@@ -1081,8 +1102,9 @@ class Cache(DynamicCache):
         self._settle()
         self.restore()
         state = self.__dict__.copy()
-        for name in ("_lock", "_restore_lock", "_executor", "_future", "_feed", "_snapshots"):
+        for name in ("_lock", "_restore_lock", "_executor", "_future", "_snapshots"):
             del state[name]
+        del state["_feed"], state["_timed"]
         state["_history"] = copy.deepcopy(self._history)
         state["_close_callbacks"] = []
         state["_base_report"] = self.restore_report

@@ -273,8 +273,9 @@ class CostBook:
         n_threads: int,
         block_tokens: int,
         first_block_tokens: int,
+        decode_on_compute: bool = True,
     ) -> Costs | None:
-        """Return what `krul.plan.plan` needs to bring these blocks back on a CPU.
+        """Return what `krul.plan.plan` needs to bring these blocks back.
 
         Parameters
         ----------
@@ -285,7 +286,9 @@ class CostBook:
         n_threads : int
             0 means every processor.
         block_tokens, first_block_tokens : int
-            As in `krul.plan.Costs`.
+            As in `krul.plan.Costs`, like
+        decode_on_compute : bool
+            which is false for a model on another device than the CPU.
 
         Returns
         -------
@@ -324,7 +327,7 @@ class CostBook:
             quadratic_s_per_token2=n_batch * forward.quadratic_s_per_token2 / n_layers,
             read_s=read_s,
             decode_s=decode_s,
-            decode_on_compute=True,
+            decode_on_compute=decode_on_compute,
             block_tokens=block_tokens,
             first_block_tokens=first_block_tokens,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from . import _core
 from .compressor import CODECS, token_runs
+from .device import is_elsewhere, on_cpu
 from .estimator import Similarity
 from .fingerprint import Fingerprint
 from .history import Snapshot
@@ -25,7 +26,7 @@ __all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Layer", "Strategy", "Work", "d
 KEY, VALUE = 0, 1
 _BLOCK = _core.store_constants()["ENTRY_BLOCK"]
 
-# Blocks that are encoded only to be measured, at a time.
+# Blocks that are encoded only to be measured, or are copied from another device, at a time.
 _BLOCKS_AT_ONCE = 16
 
 # What a block is: codec, kv, lower layer, upper layer or -1, first token; and the step of codec
@@ -104,6 +105,11 @@ class Work:
     def n_new_tokens(self) -> int:
         """Tokens that no kept segment holds."""
         return self.n_tokens - self.n_stored_tokens
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether K and V are on a device that the C library cannot reach, or some are."""
+        return any(is_elsewhere(x) for state in self.layers if state for x in state.tensors)
 
 
 @dataclass(frozen=True)
@@ -275,30 +281,39 @@ class Encoder:
         chains: dict[int, list[_Key]] = {}
         for key in keys:
             chains.setdefault(key[4], []).append(key)
-        runs = []
-        for start, chain in chains.items():
-            end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
-            runs.append(
-                [
-                    (key[2], start, *(self.tensor(key[2], kv, start, end) for kv in (KEY, VALUE)))
-                    for key in chain
-                ]
-            )
         predictor = make_predictor(
             work.profile, work.positions(), n_batch=work.n_batch, is_encoding=True
         )
-        results = predictor.encode(runs, step, work.settings.n_threads)
         made: dict[_Key, tuple[Encoded, ...]] = {}
-        for chain, run, result in zip(chains.values(), runs, results, strict=True):
-            if result is None:
-                made |= self._encode_exactly(chain)
-                continue
-            for key, (_, _, keys_here, _), (payload, error, power) in zip(
-                chain, run, result, strict=True
-            ):
-                entry = self._entry(key, keys_here)._replace(payload_bytes=len(payload))
-                made[key] = (Encoded(entry, payload, error, power),)
+        # A chain is all layers of a run: those that are copied from elsewhere come one by one.
+        n_threads = work.settings.n_threads or _core.n_processors()
+        n_at_once = n_threads if work.is_elsewhere else max(1, len(chains))
+        for some in _batches(list(chains.items()), n_at_once):
+            runs = [self._run_of(start, chain) for start, chain in some]
+            results = predictor.encode(runs, step, work.settings.n_threads)
+            for (_, chain), run, result in zip(some, runs, results, strict=True):
+                if result is None:
+                    made |= self._encode_exactly(chain)
+                    continue
+                for key, (_, _, keys_here, _), (payload, error, power) in zip(
+                    chain, run, result, strict=True
+                ):
+                    entry = self._entry(key, keys_here)._replace(payload_bytes=len(payload))
+                    made[key] = (Encoded(entry, payload, error, power),)
         return made
+
+    def _run_of(self, start: int, chain: Sequence[_Key]) -> list[tuple[int, int, Any, Any]]:
+        """Return what a chain encodes: of each of its layers the K and V of a run of tokens."""
+        end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
+        return [
+            (
+                key[2],
+                start,
+                on_cpu(self.tensor(key[2], KEY, start, end)),
+                on_cpu(self.tensor(key[2], VALUE, start, end)),
+            )
+            for key in chain
+        ]
 
     def _encode_exactly(self, chain: Sequence[_Key]) -> dict[_Key, tuple[Encoded, ...]]:
         """Encode K and V of a chain's blocks as `exact`, two blocks in place of each."""
@@ -313,12 +328,17 @@ class Encoder:
         if chained:
             plain = [key for key in keys if key[0] != "predict"]
             return self._encode_chains(chained) | self._encode(plain)
+        if len(keys) > _BLOCKS_AT_ONCE and self.work.is_elsewhere:
+            made: dict[_Key, tuple[Encoded, ...]] = {}
+            for some in _batches(keys, _BLOCKS_AT_ONCE):
+                made |= self._encode(some)
+            return made
         jobs, entries = [], []
         for key in keys:
             codec, kv, lower, upper, start, _ = key
             end = next(e for s, e in self.runs(lower, kv) if s == start)
             tensors = tuple(
-                self.tensor(layer, kv, start, end) for layer in (lower, upper) if layer >= 0
+                on_cpu(self.tensor(layer, kv, start, end)) for layer in (lower, upper) if layer >= 0
             )
             jobs.append((CODECS[codec], kv, tensors))
             entries.append(self._entry(key, tensors[0]))
@@ -361,6 +381,11 @@ class Encoder:
     def uniform(self, codec: str) -> Strategy:
         """Return the strategy that codes every layer alike."""
         return Strategy(((codec, codec),) * len(self.work.layers))
+
+
+def _batches(items: Sequence[Any], n_at_once: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), n_at_once):
+        yield items[start : start + n_at_once]
 
 
 def _file_order(entry: Entry) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .model import text_config
+from .model import input_device, text_config
 
 __all__ = ["Verdict", "measure"]
 
@@ -145,9 +145,9 @@ def measure(
     """
     n_tokens = token_ids.shape[1]
     n_before = n_tokens - n_guard
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     mask = torch.ones_like(token_ids) if attention_mask is None else attention_mask
-    positions = torch.arange(n_tokens)[None] if position_ids is None else position_ids
+    positions = torch.arange(n_tokens, device="cpu")[None] if position_ids is None else position_ids
     inputs = {
         "input_ids": token_ids[:, n_before:].to(device),
         "attention_mask": mask.to(device),

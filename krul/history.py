@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .device import Marks, devices_of
 from .layer import KrulLayer, outside_autograd
 
 __all__ = ["History", "LayerSnapshot", "Snapshot"]
@@ -39,7 +40,7 @@ class History:
     def merge(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return ids, mask (None: all ones) and positions (None: 0, 1, 2, ...) on the CPU."""
         if not self.pieces:
-            return torch.zeros((1, 0), dtype=torch.int64), None, None
+            return torch.zeros((1, 0), dtype=torch.int64, device="cpu"), None, None
         if len(self.pieces) > 1 or self.pieces[0][0].device.type != "cpu":
             with outside_autograd():
                 ids = torch.cat([piece[0].cpu() for piece in self.pieces], dim=1)
@@ -52,7 +53,7 @@ class History:
             return None
         whole = torch.cat(
             [
-                torch.ones(ids.shape, dtype=torch.uint8)
+                torch.ones(ids.shape, dtype=torch.uint8, device="cpu")
                 if mask is None
                 else (mask != 0).to(device="cpu", dtype=torch.uint8)
                 for ids, mask, _ in self.pieces
@@ -68,11 +69,12 @@ class History:
         leading = next(p.shape[:-2] for _, _, p in self.pieces if p is not None)
         for ids, _, positions in self.pieces:
             if positions is None:
-                positions = torch.arange(start, start + ids.shape[1])
+                positions = torch.arange(start, start + ids.shape[1], device="cpu")
             parts.append(positions.cpu().expand(*leading, *ids.shape))
             start += ids.shape[1]
         whole = torch.cat(parts, dim=-1).to(torch.int64)
-        is_plain = torch.equal(whole, torch.arange(start).expand(whole.shape))
+        plain = torch.arange(start, device="cpu").expand(whole.shape)
+        is_plain = torch.equal(whole, plain)
         return None if is_plain else whole
 
     def last_positions(self) -> list[int] | None:
@@ -189,3 +191,10 @@ class Snapshot:
         self.similarity = similarity
         # Lowered by every crop that happens while the snapshot is being saved.
         self.n_still_valid = self.n_tokens
+        self._marks = Marks(
+            devices_of([x for layer in layers if layer._tensors for x in layer._tensors])
+        )
+
+    def follow(self) -> None:
+        """Let what this thread asks of a device come after what the snapshot is made of."""
+        self._marks.follow()

@@ -540,9 +540,9 @@ class _GenerateCall:
             return
         if n_left == 0:
             return
-        first_row = torch.arange(n_items)[:, None] * (n_rows // n_items)
+        first_row = torch.arange(n_items, device="cpu")[:, None] * (n_rows // n_items)
         chosen = (row + first_row).flatten()
-        if not torch.equal(chosen, torch.arange(n_rows)):
+        if not torch.equal(chosen, torch.arange(n_rows, device="cpu")):
             cache.batch_select_indices(chosen)
         if n_left < known.shape[1] and cache._can_crop(n_left):
             cache.crop(n_left - known.shape[1])

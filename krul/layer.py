@@ -336,7 +336,7 @@ class KrulLayer(DynamicLayer):
             return
         self.wait()
         if beam_idx.device.type == "cpu" and torch.equal(
-            beam_idx, torch.arange(self._buffers[_KEYS].shape[0])
+            beam_idx, torch.arange(self._buffers[_KEYS].shape[0], device="cpu")
         ):
             return
         if torch.is_grad_enabled():

@@ -217,7 +217,7 @@ def _add(work: Work, moments: Moments) -> dict[int, torch.Tensor]:
         return {}
     positions = snapshot.positions
     if positions is None:
-        positions = torch.arange(n_tokens)
+        positions = torch.arange(n_tokens, device="cpu")
     if positions.dim() > 2:
         raise ValueError(f"positions have {positions.dim()} axes but must have at most 2")
     n_batch = snapshot.token_ids.shape[0]
@@ -225,14 +225,14 @@ def _add(work: Work, moments: Moments) -> dict[int, torch.Tensor]:
     first_rows: dict[int, torch.Tensor] = {}
     n_added = 0
     for row in range(n_batch):
-        is_real = torch.ones(n_tokens - start, dtype=torch.bool)
+        is_real = torch.ones(n_tokens - start, dtype=torch.bool, device="cpu")
         if snapshot.attention_mask is not None:
             is_real = snapshot.attention_mask[row, start:] != 0
         if not bool(is_real.any()):
             continue
         keys, values = (
             {
-                index: state.tensors[kind][row, :, start - state.token_start :][:, is_real]
+                index: _pick(state.tensors[kind][row, :, start - state.token_start :], is_real)
                 for index, state in states.items()
             }
             for kind in (0, 1)
@@ -242,15 +242,21 @@ def _add(work: Work, moments: Moments) -> dict[int, torch.Tensor]:
         n_added += len(places)
         if not first_rows:
             some = slice(0, _TABLE_TOKENS)
-            first_rows = Moments.rows_of(
+            found = Moments.rows_of(
                 form,
                 {index: x[:, some] for index, x in keys.items()},
                 {index: x[:, some] for index, x in values.items()},
                 places[some],
             )
+            first_rows = {index: x.cpu() for index, x in found.items()}
     if n_added and work.similarity is not None:
         moments.add_query_means(_query_means(work, form), n_added)
     return first_rows
+
+
+def _pick(states: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+    """Return the real tokens of [heads, tokens, dim]; where all are, the tensor itself."""
+    return states if bool(is_real.all()) else states[:, is_real.to(states.device)]
 
 
 def _query_means(work: Work, form: ModelForm) -> dict[int, np.ndarray]:

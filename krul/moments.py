@@ -230,6 +230,11 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(0, 1).reshape(states.shape[1], -1)
 
 
+def _double(states: torch.Tensor) -> torch.Tensor:
+    """Return float64, on the CPU where the device has none."""
+    return (states.cpu() if states.device.type == "mps" else states).double()
+
+
 class Moments:
     """Sums over tokens, from which :meth:`krul.Profile.from_moments` makes a profile.
 
@@ -290,11 +295,12 @@ class Moments:
             assert layer is not None
             # In pieces, so that float64 copies of a long text never stand in memory together.
             for start in range(0, n_new, _CHUNK_TOKENS):
-                one = x[start : start + _CHUNK_TOKENS].double()
+                one = _double(x[start : start + _CHUNK_TOKENS])
                 self._sums[f"{index} sum"] += one.sum(0).cpu()
                 self._sums[f"{index} second"] += (one.T @ one).cpu()
                 for source in layer.sources:
-                    other = rows[source][start : start + _CHUNK_TOKENS].double()
+                    # Layers may be on several devices.
+                    other = _double(rows[source][start : start + _CHUNK_TOKENS]).to(one.device)
                     self._sums[f"{index} with {source}"] += (other.T @ one).cpu()
         for name, more in learned.items():
             self._sums[name] += more
@@ -389,9 +395,10 @@ class Moments:
             if not bool(torch.isfinite(states).all()):
                 raise ValueError(f"queries of layer {index} hold numbers that are not finite")
             tables = layer.rotary.tables(places)
-            cos, sin = (torch.from_numpy(table).double().to(states.device) for table in tables)
+            wide = _double(states)
+            cos, sin = (torch.from_numpy(table).double().to(wide.device) for table in tables)
             plain = unrotate(
-                states.double(),
+                wide,
                 cos,
                 sin,
                 convention=layer.rotary.convention,

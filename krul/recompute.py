@@ -276,7 +276,7 @@ class _Inputs:
             mask = None  # a model need not make a mask where there is nothing to mask
         self.mask, self.positions = mask, positions
         if positions is None and mask is None:
-            self.positions = torch.arange(token_ids.shape[1])[None]
+            self.positions = torch.arange(token_ids.shape[1], device="cpu")[None]
         elif positions is None and mask is not None:
             self.positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, PAD_POSITION)
         if "position_ids" not in accepted:  # then the model makes its own from the mask

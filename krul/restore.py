@@ -15,12 +15,13 @@ import torch
 
 from .cache import Cache
 from .costs import cost_book, know_model
-from .errors import CorruptionError, DeviceError, FormatError, UnsupportedModelError
+from .device import layer_devices
+from .errors import CorruptionError, FormatError, UnsupportedModelError
 from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
 from .hooks import attach
 from .layer import KrulLayer
-from .model import generation_model, text_config
+from .model import generation_model, support, text_config
 from .plan import SHAPES, Costs, Plan, Step, plan, predict
 from .probe import Capabilities, examine, why_not_partial
 from .recompute import recompute_prefix
@@ -72,8 +73,11 @@ def _roll_back(
             windows = decode_windows(manifest, fd, entries, cache.settings.n_threads)
         finally:
             os.close(fd)
-        device = next(x.device for x in cache.layers if getattr(x, "is_initialized", False))
-        return end, {layer: (k.to(device), v.to(device)) for layer, (k, v) in windows.items()}
+        devices = layer_devices(cache.model)
+        return end, {
+            layer: (keys.to(devices[layer]), values.to(devices[layer]))
+            for layer, (keys, values) in windows.items()
+        }
     return None
 
 
@@ -119,17 +123,11 @@ def open_cache(
     the restore report say what was found, and `generate` recomputes the rest.
     """
     settings = Settings() if settings is None else settings
-    device = generation_model(model).get_input_embeddings().weight.device
-    if device.type not in ("cpu", "meta"):
-        raise DeviceError(
-            f"model is on {device} but this version keeps and restores caches on cpu only; "
-            "move the model with model.to('cpu')"
-        )
     conversation = store.files(conversation_id)
     manifest, problem = _read_manifest(conversation)
     # Threads read and decode while the model is looked at; what they decode of another model's
     # conversation is thrown away.
-    arrival = None if manifest is None else _Arrival(conversation, manifest, settings)
+    arrival = None if manifest is None else _Arrival(conversation, manifest, settings, model)
     cache = None
     try:
         capabilities, present = examine(model)
@@ -197,12 +195,14 @@ class _Arrival:
     """
 
     def __init__(
-        self, conversation: ConversationFiles, manifest: Manifest, settings: Settings
+        self, conversation: ConversationFiles, manifest: Manifest, settings: Settings, model: Any
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
         find_profile = conversation.store.profiles.get
-        self.source = source = Source(conversation, manifest, settings, book, find_profile)
+        # A model that krul cannot keep is refused later, with the reason.
+        devices = layer_devices(model) if support(model) is None else []
+        self.source = source = Source(conversation, manifest, settings, book, find_profile, devices)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}
         try:

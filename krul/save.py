@@ -18,6 +18,7 @@ from . import _core, guard
 from .cache import Cache
 from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import CostBook
+from .device import CPU, on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
@@ -184,7 +185,10 @@ class _Decoder:
         for out, like in zip(outs, state.tensors, strict=True):
             # What is not stored comes back exact: it is computed again.
             out[:, :, :n_dropped] = like[:, :, :n_dropped]
-        keys, values = (out[:, :, : n_before - state.token_start] for out in outs)
+        keys, values = (
+            out[:, :, : n_before - state.token_start].to(like.device)
+            for out, like in zip(outs, state.tensors, strict=True)
+        )
         return keys, values
 
     def _room(self, kv: int, state: Layer, n_room: int) -> torch.Tensor:
@@ -193,7 +197,9 @@ class _Decoder:
         shape = (like.shape[0], like.shape[1], n_room - state.token_start, like.shape[3])
         out = self.memory.get((kv, shape, like.dtype))
         if out is None:
-            out = self.memory[kv, shape, like.dtype] = torch.empty(shape, dtype=like.dtype)
+            out = self.memory[kv, shape, like.dtype] = torch.empty(
+                shape, dtype=like.dtype, device=CPU
+            )
         return out
 
     def _decode(
@@ -267,7 +273,11 @@ def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
     for block in encoded:
         entry = block.entry
         wanted = [
-            encoder.tensor(layer, entry.kv, entry.token_start, entry.token_start + entry.n_tokens)
+            on_cpu(
+                encoder.tensor(
+                    layer, entry.kv, entry.token_start, entry.token_start + entry.n_tokens
+                )
+            )
             for layer in entry.layers
         ]
         outs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted)
@@ -454,6 +464,7 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     seconds = {"estimate": 0.0, "encode": 0.0, "guard": 0.0, "commit": 0.0}
     notes: list[str] = []
     started = time.perf_counter()
+    snapshot.follow()
     work = _prepare(cache, snapshot)
     seconds["estimate"] = time.perf_counter() - started
     if work.n_new_tokens > 0:

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import torch
 from . import _core, blas
 from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import UNKNOWN_DECODE_BYTES_PER_S, CostBook, ForwardCost
+from .device import CPU, Landing, Stopwatch, is_elsewhere, synchronize
 from .errors import CorruptionError, FormatError, KrulError, UnsupportedModelError
 from .manifest import BOTH, Entry, LayerLayout, Manifest, SegmentInfo
 from .meet import Block, columns_between, meet
@@ -116,6 +117,8 @@ class Source:
         What was measured of this model and store; what this restore measures is added.
     find_profile : callable, optional
         Returns the profile of a digest; what it raises makes the segment count as damaged.
+    devices : sequence of torch.device, optional
+        Of each layer; the CPU where it is not given.
 
     Attributes
     ----------
@@ -130,8 +133,12 @@ class Source:
         settings: Settings,
         costs: CostBook | None = None,
         find_profile: Callable[[str], Profile] | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self.manifest, self.settings = manifest, settings
+        n_layers = len(manifest.layers)
+        self.devices = (*devices[:n_layers], *[CPU] * (n_layers - len(devices)))
+        self._landings: dict[int, Landing] = {}  # of layers on another device
         self.costs = CostBook(None, "unknown") if costs is None else costs
         self._path = conversation.path
         self.problems: list[str] = []
@@ -142,7 +149,8 @@ class Source:
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
         self._profiles: dict[int, Profile] = {}  # of the segments that need one, by file
         self._opened = self._begun_at = time.perf_counter()
-        self._open_s = self._recompute_s = self._recompute_begin_s = 0.0
+        self._open_s = self._recompute_begin_s = 0.0
+        self._recompute_watch: Stopwatch | None = None
         self._plan: Plan | None = None
         self._reason = ""
         self._is_prepared = self._is_closed = False
@@ -200,15 +208,20 @@ class Source:
         if not self._files:
             return {}
         _, fd, entries = self._files[-1]
-        return decode_windows(self.manifest, fd, entries, self.settings.n_threads)
+        windows = decode_windows(self.manifest, fd, entries, self.settings.n_threads)
+        return {
+            layer: (keys.to(self.devices[layer]), values.to(self.devices[layer]))
+            for layer, (keys, values) in windows.items()
+        }
 
     # ---- full layers -----------------------------------------------------------------------------
 
     def buffers(self) -> dict[int, KeysAndValues]:
         """Make memory for every full layer: K and V, (n_batch, n_kv_heads, n_room, head_dim).
 
-        All of it is one allocation, on huge pages where the system has them, and used again by the
-        next: a page fault for every 4 KB would take longer than decoding what goes there.
+        It is on the layer's device. On the CPU all of it is one allocation, on huge pages where
+        there are any, and used again by the next: a page fault for every 4 KB would take longer
+        than decoding what goes there.
         """
         n_batch = self.manifest.n_batch
         n_room = self.n_tokens + _ROOM_TOKENS
@@ -219,14 +232,17 @@ class Source:
                 head_dim, dtype = _dims_and_dtype(layout, kv)
                 shape = (n_batch, layout.n_kv_heads, n_room, head_dim)
                 places.append((layer, shape, dtype, total))
-                total += math.prod(shape) * dtype.itemsize
-                total += -total % _ALIGNMENT_BYTES
+                if not is_elsewhere(self.devices[layer]):
+                    total += math.prod(shape) * dtype.itemsize
+                    total += -total % _ALIGNMENT_BYTES
         with torch.inference_mode(False), torch.no_grad():
             memory = torch.frombuffer(_core.Memory(max(1, total)), dtype=torch.uint8)
             made = [
                 (
                     layer,
-                    memory[start : start + math.prod(shape) * dtype.itemsize]
+                    torch.empty(shape, dtype=dtype, device=self.devices[layer])
+                    if is_elsewhere(self.devices[layer])
+                    else memory[start : start + math.prod(shape) * dtype.itemsize]
                     .view(dtype)
                     .view(shape),
                 )
@@ -244,11 +260,21 @@ class Source:
         probably be recomputed, blocks come from the end of the history on, and those of that part
         after everything else; see `krul.meet`. Nothing is read where that part is everything.
         """
+        self._landings = {
+            layer: Landing(pair, self.n_tokens)
+            for layer, pair in buffers.items()
+            if is_elsewhere(self.devices[layer])
+        }
+        room = {
+            layer: pair if landing is None or landing.host is None else landing.host
+            for layer, pair in buffers.items()
+            for landing in [self._landings.get(layer)]
+        }
         steps = [
             step
             for segment, fd, entries in self._files
             for entry in entries
-            if (step := _step_of(entry, fd, segment, buffers)) is not None
+            if (step := _step_of(entry, fd, segment, room)) is not None
         ]
         self._starts = _starts_by_layer(steps)
         self._n_tokens = self.n_tokens
@@ -365,7 +391,8 @@ class Source:
         if not chunks:
             n_by_layer = list(map(max, n_by_layer, self._dropped))
             self._drop(n_by_layer)
-        started = time.perf_counter()
+        self._recompute_begin_s = time.perf_counter() - self._begun_at
+        watch = Stopwatch(self.devices[0])
         try:
             recompute(n_by_layer if not chunks else self._most(n_by_layer), **chunks)
         except BaseException as error:
@@ -377,12 +404,19 @@ class Source:
                 raise
             self._reason += f"; recomputing failed: {type(error).__name__}: {error}"
             return
-        self._recompute_s = time.perf_counter() - started
-        self._recompute_begin_s = started - self._begun_at
+        watch.stop()
+        self._recompute_watch = watch
         self._n_recomputed = list(self._dropped)
         if self._n_recomputed != n_by_layer:
             share = sum(self._dropped) / max(1, n_tokens * len(n_by_layer))
             self._reason += f"; {100 * share:.3g} % when loading had caught up"
+
+    @property
+    def _recompute_s(self) -> float:
+        """Seconds that recomputing took; 0 while that is not known."""
+        watch = self._recompute_watch
+        seconds = None if watch is None else watch.seconds()
+        return 0.0 if seconds is None or math.isnan(seconds) else seconds
 
     def _most(self, n_by_layer: list[int]) -> list[int]:
         """Return all tokens for every layer that is recomputed at all."""
@@ -486,6 +520,7 @@ class Source:
                 n_threads=settings.n_threads,
                 block_tokens=MAX_BLOCK_TOKENS,
                 first_block_tokens=settings.keep_first,
+                decode_on_compute=not all(map(is_elsewhere, self.devices)),
             )
         if wanted == "load":
             blocker = "the settings ask for it"
@@ -525,8 +560,10 @@ class Source:
 
         Model and decoder share the processors of a CPU: one after the other they are faster than
         both at once. Where the store is slow the threads mostly sleep, and the model may begin.
-        Failures are left to `wait`.
+        Failures are left to `wait`. A model on another device has nothing to wait for here.
         """
+        if all(map(is_elsewhere, self.devices)):
+            return
         for layer in range(len(self.manifest.layers)):
             counts = self.counts()
             if counts["read_s"] > counts["decode_s"]:
@@ -537,7 +574,7 @@ class Source:
     # ---- what a cache asks -----------------------------------------------------------------------
 
     def wait(self, layer: int, can_recompute: bool = False) -> None:
-        """Wait until a layer is in.
+        """Wait until a layer is in, or, on another device, on its way there before what comes next.
 
         Parameters
         ----------
@@ -562,6 +599,11 @@ class Source:
                 restore.wait(layer)
         except CorruptionError as error:
             raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
+        landing = self._landings.get(layer)
+        if landing is not None:
+            # What was recomputed is there already.
+            n_there = self._n_recomputed[layer]
+            landing.bring(self.manifest.n_tokens if n_there == self._n_tokens else n_there)
 
     def _wait_patiently(self, restore: _core.Restore, layer: int) -> None:
         started, before = time.perf_counter(), restore.counts()
@@ -710,6 +752,7 @@ class _Meeting:
     def before_chunk(self, start: int, end: int) -> list[int]:
         """Decide, and let go of what is recomputed in the column that is next."""
         source = self.source
+        synchronize(source.devices)  # so that the clock tells what the chunks before this took
         rate = source._read_rate()
         if rate is not None:
             self._decide(start, rate)
@@ -880,7 +923,7 @@ def decode_windows(
             head_dim, dtype = _dims_and_dtype(layout, kv)
             with torch.inference_mode(False), torch.no_grad():
                 shape = (manifest.n_batch, layout.n_kv_heads, n_held, head_dim)
-                out = torch.empty(shape, dtype=dtype)
+                out = torch.empty(shape, dtype=dtype, device=CPU)
             for entry in blocks:
                 start = entry.token_start - first
                 view = out[:, :, start : start + entry.n_tokens]

@@ -9,6 +9,7 @@ from typing import Any
 from . import _core, blas, selector
 from .allocate import least_bytes
 from .compressor import CODECS
+from .device import on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Strategy, Work
 from .guard import Verdict
 
@@ -73,7 +74,7 @@ def _pairs_worth_sharing(
         start = min(max(start, encoder.work.settings.keep_first), end)
         for kv in (KEY, VALUE):
             tensors = tuple(
-                encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS))
+                on_cpu(encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS)))
                 for layer in pair
             )
             jobs.append((CODECS["share+int4"], kv, tensors))

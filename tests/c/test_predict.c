@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "fake_device.h"
 #include "internal.h"
 
 enum {
@@ -746,6 +747,59 @@ test_refused_steps(void)
     krul_predict_free(other);
 }
 
+/* Chains are decoded on the host where a device cannot: in the order of their layers, though many of
+ * their blocks are in one chunk and other threads have the rest. */
+static void
+test_restore_on_a_device(void)
+{
+    krul_error err;
+    fake.max_delay_us = 50;
+    for (int round = 0; round < 16; round++) {
+        krul_predict *predict = new_predict();
+        krul_restore_step steps[N_STEPS];
+        krul_restore *restore = NULL;
+        krul_device *device = NULL;
+        krul_device_pool *pool = NULL;
+        krul_device_pool_options sizes = {.chunk_bytes = (size_t)1 << (13 + round % 4),
+                                          .n_chunks = 1 + round / 4};
+        void *memory = NULL;
+        bool is_dropped = round % 2 == 1;
+        CHECK(fake_ops.open(0, &device, &err) == KRUL_STATUS_OK);
+        CHECK(fake_ops.memory_new(device, sizeof target, &memory, &err) == KRUL_STATUS_OK);
+        CHECK(krul_device_pool_new(&fake_ops, &sizes, &pool, &err) == KRUL_STATUS_OK);
+        memset(fake_real(memory), 0, sizeof target);
+        make_steps(predict, steps);
+        for (int i = 0; i < N_STEPS; i++) {
+            for (int kv = 0; kv < 2; kv++) {
+                krul_view *view = &steps[i].views[kv];
+                uintptr_t offset = (uintptr_t)view->data - (uintptr_t)target;
+                view->data = (void *)((uintptr_t)memory + offset);
+                view->device_type = KRUL_DEVICE_CUDA;
+            }
+        }
+        krul_restore_options options = {.n_threads = 1 + round % 4, .devices = pool};
+        CHECK(krul_restore_start(best, steps, N_STEPS, N_LAYERS, &options, &restore, &err) ==
+              KRUL_STATUS_OK);
+        if (is_dropped) {
+            krul_restore_drop(restore, 0, N_TOKENS);
+        }
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+        }
+        krul_restore_join(restore);
+        size_t first = is_dropped ? sizeof target[0] : 0;
+        CHECK(memcmp((uint8_t *)expected + first, (uint8_t *)fake_real(memory) + first,
+                     sizeof expected - first) == 0);
+        krul_restore_free(restore);
+        krul_device_pool_free(pool);
+        fake_ops.memory_free(device, memory);
+        fake_ops.close(device);
+        krul_predict_free(predict);
+        CHECK(fake_is_empty());
+    }
+    fake_calm();
+}
+
 int
 main(void)
 {
@@ -770,6 +824,7 @@ main(void)
     test_arguments();
     test_chains_in_threads();
     test_restore();
+    test_restore_on_a_device();
     test_fewer_tokens();
     test_drop();
     test_drop_under_way();
