@@ -67,6 +67,24 @@ NOT_ASKED = (
     "KVTC (DEFLATE): 2.5 bits",
     "KVTC transform (one step and ideal entropy): 0.1",
 )
+# What stands for its family where there is no room for all.
+BRIEF = (
+    "uncompressed",
+    "krul predict: step 0.3",
+    "krul predict: step 0.45",
+    "krul predict: step 0.8",
+    "krul predict: step 1.1",
+    "krul: int8",
+    "krul: int4",
+    "krul share (paper's pairs): 7",
+    "krul share (MiniCache's fixed pairs): 7",
+    "integers in groups of 64: 2 bits",
+    "transformers' quantised cache (re-made): 4 bits",
+    "H2O: 1/4 kept",
+    "KVTC (DEFLATE): 1.25 bits",
+    "KVTC (DEFLATE): 0.65 bits",
+    "KVTC transform (one step and ideal entropy): 0.5",
+)
 SECTIONS = ("text", "chats", "retrieval")
 
 COLUMNS = [
@@ -459,6 +477,7 @@ def _mean(section: str, n_tokens: int | None, group: list[dict[str, Any]]) -> di
         "n_tokens": n_tokens,
         "codec": group[0]["codec"],
         "family": group[0]["family"],
+        "brief": "yes" if group[0]["codec"] in BRIEF else "no",
         "n": len(group),
         "ratio_bf16": sum(r["ratio_bf16"] * r["stored_bytes"] for r in group) / stored,
         "seconds": statistics.fmean(r["seconds"] for r in group),

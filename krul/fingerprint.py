@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,9 @@ from .model import (
     generation_model,
     is_remembered,
     own_layers,
+    recall,
     remember,
+    replace_remembered,
     run_decoder,
     short_prompt,
     support,
@@ -277,17 +280,81 @@ def _adapters(modules: list[tuple[str, torch.nn.Module]]) -> _Adapters:
     return found
 
 
-def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
-    """Return the exact part by group without the layout, and a key that also covers rope tables.
+@dataclass
+class _Found:
+    """The tensors of a model, and what is said of them beside their numbers."""
 
-    The key tells whether this model object is still as it was. It is never stored: buffers that are
-    not saved with a model (rotary frequencies, masks) differ between releases of transformers.
+    rows: list[tuple[str, bytes, torch.Tensor]]  # group, heading, tensor
+    dtypes: str
+    is_packed: bool
+    adapters: tuple[str, ...] | None  # their settings; None where there are none
+
+
+class _Known:
+    """What was found of a model, as long as it consists of the same tensors.
+
+    Only where every tensor is a plain one in memory and nothing comes from adapters: then all that
+    is said of them follows from which they are, and from their dtypes and shapes.
     """
+
+    def __init__(self, tensors: list[torch.Tensor], found: _Found) -> None:
+        self._tensors = [(weakref.ref(x), x.dtype, x.shape) for x in tensors]
+        # Without the tensors, which are not to be kept alive.
+        self._rows = [(group, heading) for group, heading, _ in found.rows]
+        self._about = found.dtypes, found.is_packed
+
+    def found(self, tensors: list[torch.Tensor]) -> _Found | None:
+        """Return it again, or None where the model has changed."""
+        if len(tensors) != len(self._tensors):
+            return None
+        for tensor, (known, dtype, shape) in zip(tensors, self._tensors, strict=True):
+            if known() is not tensor or tensor.dtype is not dtype or tensor.shape != shape:
+                return None
+        rows = [
+            (group, heading, tensor)
+            for (group, heading), tensor in zip(self._rows, tensors, strict=True)
+        ]
+        return _Found(rows, *self._about, None)
+
+
+def _tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return parameters and buffers in the order of the modules, each once."""
+    found = {
+        id(tensor): tensor
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    }
+    return list(found.values())
+
+
+def _heading(name: str, tensor: torch.Tensor) -> bytes:
+    return f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode()
+
+
+def _find(model: torch.nn.Module) -> _Found:
+    tensors = _tensors_of(model)
+    known = recall(model, "tensors")
+    found: _Found | None = None if known is None else known.found(tensors)
+    if found is not None:
+        return found
+    found = _look(model)
+    is_plain = found.adapters is None and all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and not x.__dict__
+        for x in tensors
+    )
+    if is_plain and len(found.rows) == len(tensors):
+        replace_remembered(model, "tensors", _Known(tensors, found))
+    return found
+
+
+def _look(model: torch.nn.Module) -> _Found:
     modules = list(model.named_modules())
     adapters = _adapters(modules)
     # Releases of transformers have renamed it: embed_out became lm_head.
     head = model.get_output_embeddings()
-    rows: list[tuple[str, str, torch.Tensor]] = []  # group, name, tensor
+    rows: list[tuple[str, bytes, torch.Tensor]] = []
     seen: set[int] = set()
     dtypes: set[str] = set()
     is_packed = False
@@ -307,7 +374,7 @@ def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
                     tensor = _resident(module, local_name, name)
                 name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
                 if tensors is module._buffers and local_name in transient:
-                    rows.append(("", name, tensor.detach()))
+                    rows.append(("", _heading(name, tensor), tensor.detach()))
                     continue
                 group = _group(name)
                 for inner_name, inner in _plain_tensors(name, tensor):
@@ -315,23 +382,42 @@ def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
                     if tensors is module._parameters:
                         dtypes.add(str(inner.dtype).removeprefix("torch."))
                         is_packed |= not inner.is_floating_point()
-                    rows.append((group, inner_name, inner))
+                    rows.append((group, _heading(inner_name, inner), inner))
     for adapter, tensors_of_adapter in adapters.active.items():
-        rows += [(f"adapter {adapter}", name, t.detach()) for name, t in tensors_of_adapter]
+        rows += [
+            (f"adapter {adapter}", _heading(name, tensor), tensor.detach())
+            for name, tensor in tensors_of_adapter
+        ]
+    has_adapters = bool(adapters.skipped or adapters.active or adapters.settings)
+    return _Found(
+        rows,
+        "+".join(sorted(dtypes)),
+        is_packed,
+        tuple(adapters.settings) if has_adapters else None,
+    )
 
+
+def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
+    """Return the exact part by group without the layout, and a key that also covers rope tables.
+
+    The key tells whether this model object is still as it was. It is never stored: buffers that are
+    not saved with a model (rotary frequencies, masks) differ between releases of transformers.
+    """
+    found = _find(model)
     digests: dict[str, Any] = {}
-    for (group, name, tensor), numbers in zip(rows, _gather([row[2] for row in rows]), strict=True):
+    samples = _gather([tensor for _, _, tensor in found.rows])
+    for (group, heading, _), numbers in zip(found.rows, samples, strict=True):
         digest = digests.get(group)
         if digest is None:
             digest = digests[group] = hashlib.sha256()
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(heading)
         digest.update(numbers)
     parts = {
-        "dtype": "+".join(sorted(dtypes)),
-        "quantisation": _quantisation(model) if is_packed else "none",
+        "dtype": found.dtypes,
+        "quantisation": _quantisation(model) if found.is_packed else "none",
     }
     acting = []
-    settings = hashlib.sha256("|".join(sorted(adapters.settings)).encode()).hexdigest()[:16]
+    settings = hashlib.sha256("|".join(sorted(found.adapters or ())).encode()).hexdigest()[:16]
     for group, digest in digests.items():
         value = digest.hexdigest()[:16]
         if group.startswith("adapter "):

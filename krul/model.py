@@ -142,24 +142,25 @@ def _find_layers(
 
 
 def _known_layers(
-    inner: torch.nn.Module, known: tuple[str, list[tuple[str, str]]] | None
+    inner: torch.nn.Module, known: tuple[str, str, list[str]] | None
 ) -> tuple[torch.nn.Module, list[tuple[int, torch.nn.Module, torch.nn.Module]]] | None:
     """Look up what was found before; None where the model is no longer built like that."""
     if known is None:
         return None
-    decoder_name, names = known
+    decoder_name, list_name, attention_names = known
     try:
+        layers: Any = inner.get_submodule(list_name)
+        if len(layers) != len(attention_names):
+            return None
         rows = [
-            (index, inner.get_submodule(layer), inner.get_submodule(attention))
-            for index, (layer, attention) in enumerate(names)
+            (index, layer, layer.get_submodule(name))
+            for index, (layer, name) in enumerate(zip(layers, attention_names, strict=True))
         ]
-        siblings = inner.get_submodule(names[0][0].rpartition(".")[0])
-    except AttributeError:
+        decoder = inner.get_submodule(decoder_name)
+    except (AttributeError, TypeError):
         return None
-    is_same = len(siblings) == len(rows) and all(  # type: ignore[arg-type]
-        _layer_index(attention) == index for index, _, attention in rows
-    )
-    return (inner.get_submodule(decoder_name), rows) if is_same else None
+    is_same = all(_layer_index(attention) == index for index, _, attention in rows)
+    return (decoder, rows) if is_same else None
 
 
 def decoder_layers(
@@ -200,8 +201,10 @@ def decoder_layers(
         if layers:
             # By name: what is remembered must not keep the model alive.
             names = {module: name for name, module in inner.named_modules()}
-            rows = [(names[layer], names[attention]) for _, layer, attention in layers]
-            found = (names[decoder], rows)
+            paths = [(names[layer], names[attention]) for _, layer, attention in layers]
+            list_name = paths[0][0].rpartition(".")[0]
+            below = [attention.removeprefix(f"{layer}.") for layer, attention in paths]
+            found = (names[decoder], list_name, below)
             remember(inner, "decoder layers", lambda found=found: found)  # type: ignore[misc]
             return decoder, layers
     raise UnsupportedModelError(
@@ -525,3 +528,11 @@ def remember(model: torch.nn.Module, key: Any, make: Callable[[], Any]) -> Any:
             known.pop(next(iter(known)))
         known[key] = value
     return value
+
+
+def replace_remembered(model: torch.nn.Module, key: Any, value: Any) -> None:
+    """Remember something else under a key; `recall` gives it."""
+    with _remembered_lock:
+        known = _remembered.setdefault(model, {})
+        known.pop(key, None)
+    remember(model, key, lambda: value)

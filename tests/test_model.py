@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import models
 import numpy as np
@@ -547,3 +548,45 @@ def test_layers_that_were_found_before_are_looked_at_again():
     model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
     with pytest.raises(UnsupportedModelError, match="no list of decoder layers"):
         ask.decoder_layers(model)
+
+
+# ---- what is remembered of its tensors -----------------------------------------------------------
+
+
+def _changes():
+    def replaced(model):
+        old = model.model.layers[1].mlp.up_proj.weight
+        model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(old.detach() + 1)
+
+    def untied(model):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+    return {
+        "written behind torch's back": lambda model: model.model.norm.weight.data.mul_(2),
+        "another parameter": replaced,
+        "another dtype of the same parameter": lambda model: model.to(torch.float16),
+        "another shape of the same parameter": lambda model: model.resize_token_embeddings(131),
+        "one tensor more": lambda model: model.model.register_buffer("more", torch.ones(3)),
+        "one tensor less": lambda model: setattr(model.model.layers[0].mlp, "up_proj", None),
+        "a tensor for itself": untied,
+    }
+
+
+@pytest.mark.parametrize("change", _changes())
+def test_tensors_are_looked_at_anew_when_one_has_changed(change):
+    model = models.tiny("llama", tie_word_embeddings=True)
+    before = prints.exact_parts(model)
+    assert prints.exact_parts(model) == before
+    _changes()[change](model)
+    found = prints.exact_parts(model)
+    assert found == prints.exact_parts(copy.deepcopy(model))  # of which nothing is known
+    assert found != before
+
+
+def test_what_is_remembered_keeps_no_tensor_alive():
+    model = models.tiny("llama")
+    prints.exact_parts(model)
+    weight = weakref.ref(model.model.layers[1].mlp.up_proj.weight)
+    model.model.layers[1].mlp.up_proj = None
+    gc.collect()
+    assert weight() is None
