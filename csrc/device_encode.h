@@ -24,7 +24,8 @@ enum {
 typedef struct krul_device_source {
     krul_codec codec;
     krul_kv kv;
-    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS]; /* on the device; the second for share codecs only */
+    krul_view
+        views[KRUL_COMPRESSOR_MAX_VIEWS]; /* on the device; the second for share codecs only */
     uint64_t payload_offset; /* a multiple of KRUL_DEVICE_ALIGNMENT */
 } krul_device_source;
 
