@@ -4,7 +4,9 @@
 #include <string.h>
 
 #include "backend.h"
+#include "codec_exact.h"
 #include "codec_share.h"
+#include "entropy.h"
 #include "internal.h"
 
 static const char *const view_names[KRUL_COMPRESSOR_MAX_VIEWS] = {"views[0]", "views[1]"};
@@ -43,7 +45,7 @@ krul_device_encode_is_supported(krul_codec codec, krul_dtype dtype,
             return false;
         }
     }
-    if (krul_dtype_bytes(dtype) == 0 || codec < KRUL_CODEC_INT8 || codec > KRUL_CODEC_SHARE_INT4) {
+    if (krul_dtype_bytes(dtype) == 0 || codec < KRUL_CODEC_EXACT || codec > KRUL_CODEC_SHARE_INT4) {
         return false;
     }
     return !is_share(codec) ||
@@ -157,6 +159,13 @@ describe(const krul_device_source *source, krul_device_descriptor *out, uint64_t
         out->directory_offset = source->payload_offset; /* where the positions go */
         *payload_bytes_out = layout.n_bytes;
     }
+    else if (source->codec == KRUL_CODEC_EXACT) {
+        krul_exact_sizes sizes;
+        KRUL_TRY(krul_exact_measure(source->views[0].dtype, shape, &sizes, err));
+        out->data_offset = source->payload_offset;
+        out->n_chunks = (int32_t)((sizes.n_elements - 1) >> KRUL_ENTROPY_CHUNK_BITS) + 1;
+        *payload_bytes_out = KRUL_EXACT_HEADER_BYTES + sizes.raw_bytes;
+    }
     else {
         krul_int_layout layout;
         KRUL_TRY(krul_int_measure(source->kv, bits, shape[2], shape[3], &layout, err));
@@ -168,6 +177,35 @@ describe(const krul_device_source *source, krul_device_descriptor *out, uint64_t
     }
 done:
     return status;
+}
+
+/* Take room in the workspace for what coding a block needs; it begins at *at. */
+static size_t
+take(size_t *at, size_t n_bytes)
+{
+    size_t offset = *at;
+    *at = align(offset + n_bytes);
+    return offset;
+}
+
+static void
+place_scratch(krul_codec codec, krul_device_descriptor *about, size_t *workspace_bytes)
+{
+    size_t n_offsets = (size_t)about->n_planes * (size_t)about->head_dim;
+    size_t n_tokens = (size_t)about->n_tokens, n_chunks = (size_t)about->n_chunks;
+    if (is_share(codec)) { /* angles by plane, their sums, and who is kept */
+        about->tiles_offset = take(workspace_bytes,
+                                   ((size_t)about->n_planes + 1) * n_tokens * sizeof(double) +
+                                       n_tokens * sizeof(uint32_t));
+    }
+    else if (codec == KRUL_CODEC_EXACT) { /* symbols without and with offsets; chunks */
+        about->tiles_offset = take(workspace_bytes, KRUL_DEVICE_EXACT_STATE_BYTES);
+        about->kept_offset[0] = take(workspace_bytes, n_offsets * n_tokens);
+        about->kept_offset[1] = take(workspace_bytes, n_offsets * n_tokens);
+        about->offsets_offset = take(workspace_bytes, n_offsets);
+        about->directory_offset = take(workspace_bytes, n_chunks * sizeof(uint32_t));
+        about->stream_offset = take(workspace_bytes, n_chunks * KRUL_DEVICE_EXACT_CHUNK_BYTES);
+    }
 }
 
 /* One batch per codec and dtype that occurs. */
@@ -195,6 +233,10 @@ krul_device_encode_prepare(uint8_t *plan, size_t plan_bytes, const krul_device_s
     krul_device_encode_batch batches[KRUL_DEVICE_MAX_BATCHES];
     int32_t n_batches = 0;
     size_t at = 0, workspace_bytes = 0;
+    if (n_sources < 0 || n_sources > KRUL_DEVICE_MAX_SOURCES) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "n_sources is %d but must be 0 to %d",
+                         (int)n_sources, (int)KRUL_DEVICE_MAX_SOURCES);
+    }
     for (int32_t i = 0; i < n_sources; i++) {
         krul_error failure = {.status = KRUL_STATUS_OK};
         status = check_source(&sources[i], &failure);
@@ -225,19 +267,13 @@ krul_device_encode_prepare(uint8_t *plan, size_t plan_bytes, const krul_device_s
     }
     for (int32_t i = 0; i < n_sources; i++) {
         krul_device_descriptor about;
-        const int64_t *shape = sources[i].views[0].shape;
         krul_device_encode_batch *batch = &batches[find_batch(batches, &n_batches, &sources[i])];
         KRUL_TRY(describe(&sources[i], &about, &payload_bytes_out[i], err));
         about.index = i;
         about.batch = (int32_t)(batch - batches);
         about.first_unit = batch->n_units;
         about.n_units = (int32_t)n_units_of(&sources[i]);
-        if (is_share(sources[i].codec)) { /* angles by plane, their sums, and who is kept */
-            about.tiles_offset = workspace_bytes;
-            size_t n_rows = ((size_t)about.n_planes + 1) * (size_t)shape[2];
-            workspace_bytes = align(workspace_bytes + n_rows * sizeof(double) +
-                                    (size_t)shape[2] * sizeof(uint32_t));
-        }
+        place_scratch(sources[i].codec, &about, &workspace_bytes);
         memcpy(plan + batch->descriptors_offset +
                    (size_t)batch->n_blocks * sizeof(krul_device_descriptor),
                &about, sizeof about);
@@ -249,6 +285,7 @@ krul_device_encode_prepare(uint8_t *plan, size_t plan_bytes, const krul_device_s
         batch->n_blocks++;
         batch->n_units += about.n_units;
         batch->head_dim = about.head_dim > batch->head_dim ? about.head_dim : batch->head_dim;
+        batch->n_chunks = about.n_chunks > batch->n_chunks ? about.n_chunks : batch->n_chunks;
     }
     memcpy(batches_out, batches, (size_t)n_batches * sizeof *batches);
     *n_batches_out = n_batches;

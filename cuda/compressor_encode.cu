@@ -1,4 +1,4 @@
-/* compressor_encode.cu - codes blocks on the device: int8, int4, share, share+int.
+/* compressor_encode.cu - codes blocks on the device: int8, int4, share, share+int; exact is apart.
  *
  * Every group's range, scale and code is computed by the CPU's operations in the CPU's order - even
  * which of two zeros is the minimum - so that int8 and int4 give the same bytes. Saving is no hurry: it
@@ -6,7 +6,6 @@
  * the second time from the cache, and nothing but sums of errors goes through shared memory. Those
  * are added in a fixed order, thread block by thread block: two runs give the same number. */
 #include "compressor.cuh"
-#include "device_encode.h"
 
 #include "codec_int.h"
 
@@ -26,15 +25,6 @@ enum {
 #define SMALLEST_SINE 1e-3
 
 static_assert((int)N_ROWS * (int)ROW_LANES == (int)N_THREADS, "a row takes eight lanes");
-
-struct encode_arguments {
-    const krul_device_descriptor *descriptors;
-    const uint32_t *units;
-    uint8_t *payloads;
-    uint8_t *workspace;
-    double *errors; /* of each unit, two */
-    krul_device_result *results;
-};
 
 /* ---- numbers ----------------------------------------------------------------------------------- */
 
@@ -119,32 +109,6 @@ add_error(float value, float decoded, double sums[2])
     double error = (double)value - (double)decoded;
     sums[0] += error * error;
     sums[1] += (double)value * (double)value;
-}
-
-/* The errors of a thread block, written by its first thread. */
-static __device__ __forceinline__ void
-write_errors(double sums[2], double *out)
-{
-    KRUL_SHARED(double, parts);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        sums[0] += __shfl_xor_sync(ALL_LANES, sums[0], step);
-        sums[1] += __shfl_xor_sync(ALL_LANES, sums[1], step);
-    }
-    __syncthreads(); /* whatever shared memory held before is done with */
-    if (threadIdx.x % 32 == 0) {
-        parts[threadIdx.x / 32 * 2] = sums[0];
-        parts[threadIdx.x / 32 * 2 + 1] = sums[1];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int warp = 1; warp < N_THREADS / 32; warp++) {
-            sums[0] += parts[2 * warp];
-            sums[1] += parts[2 * warp + 1];
-        }
-        out[0] = sums[0];
-        out[1] = sums[1];
-    }
 }
 
 static __device__ __forceinline__ const uint8_t *
@@ -297,7 +261,7 @@ encode_values(const krul_device_descriptor *block, const uint8_t *rows, int32_t 
 
 template <krul_dtype dtype, int bits>
 __global__ void
-__launch_bounds__(N_THREADS) int_encode_kernel(encode_arguments arguments)
+__launch_bounds__(N_THREADS) int_encode_kernel(krul_encode_arguments arguments)
 {
     const krul_device_descriptor *block = arguments.descriptors + arguments.units[blockIdx.x];
     int32_t unit = (int32_t)blockIdx.x - block->first_unit;
@@ -314,7 +278,7 @@ __launch_bounds__(N_THREADS) int_encode_kernel(encode_arguments arguments)
     if (!fits) {
         *(volatile uint32_t *)&arguments.results[block->index].does_not_fit = 1;
     }
-    write_errors(sums, arguments.errors + 2 * (int64_t)blockIdx.x);
+    krul_write_errors(sums, arguments.errors + 2 * (int64_t)blockIdx.x);
 }
 
 /* ---- share ------------------------------------------------------------------------------------- */
@@ -327,7 +291,7 @@ struct share_scratch {
 };
 
 static __device__ __forceinline__ share_scratch
-scratch_of(const encode_arguments &arguments, const krul_device_descriptor *block)
+scratch_of(const krul_encode_arguments &arguments, const krul_device_descriptor *block)
 {
     share_scratch out;
     out.angles = (double *)(arguments.workspace + block->tiles_offset);
@@ -412,7 +376,7 @@ compare_rows(const krul_device_descriptor *block, int32_t plane, int32_t token)
 /* Step 1: the angle of every plane and token. */
 template <krul_dtype dtype>
 __global__ void
-__launch_bounds__(N_THREADS) share_angles_kernel(encode_arguments arguments)
+__launch_bounds__(N_THREADS) share_angles_kernel(krul_encode_arguments arguments)
 {
     const krul_device_descriptor *block = arguments.descriptors + arguments.units[blockIdx.x];
     int32_t item = ((int32_t)blockIdx.x - block->first_unit) * N_ROWS +
@@ -433,7 +397,7 @@ __launch_bounds__(N_THREADS) share_angles_kernel(encode_arguments arguments)
 /* Step 2, a thread block per block: the tokens with the largest sums of angles, the first of equals.
  * Each is compared with each: at most 4,096, and 512 by custom. */
 __global__ void
-__launch_bounds__(N_THREADS) share_choose_kernel(encode_arguments arguments)
+__launch_bounds__(N_THREADS) share_choose_kernel(krul_encode_arguments arguments)
 {
     KRUL_SHARED(uint32_t, n_kept_of_warp);
     const krul_device_descriptor *block = arguments.descriptors + blockIdx.x;
@@ -568,7 +532,7 @@ encode_direction(float *values, int32_t width, uint8_t *scale_out, uint8_t *mini
 /* One merged row: its direction, its magnitudes, its errors. False when it does not fit. */
 template <krul_dtype dtype, int bits>
 static __device__ __forceinline__ bool
-encode_merged(const encode_arguments &arguments, const krul_device_descriptor *block,
+encode_merged(const krul_encode_arguments &arguments, const krul_device_descriptor *block,
               const row_of_two &row, int32_t plane, int32_t index, float *direction, double sums[2])
 {
     typedef typename krul_element<dtype>::bits element;
@@ -633,7 +597,7 @@ encode_merged(const encode_arguments &arguments, const krul_device_descriptor *b
 /* Step 3: what is kept and what is merged. */
 template <krul_dtype dtype, int bits>
 __global__ void
-__launch_bounds__(N_THREADS) share_encode_kernel(encode_arguments arguments)
+__launch_bounds__(N_THREADS) share_encode_kernel(krul_encode_arguments arguments)
 {
     typedef typename krul_element<dtype>::bits element;
     KRUL_SHARED(float, directions);
@@ -671,13 +635,13 @@ __launch_bounds__(N_THREADS) share_encode_kernel(encode_arguments arguments)
             *(volatile uint32_t *)&arguments.results[block->index].does_not_fit = 1;
         }
     }
-    write_errors(sums, arguments.errors + 2 * (int64_t)blockIdx.x);
+    krul_write_errors(sums, arguments.errors + 2 * (int64_t)blockIdx.x);
 }
 
 /* ---- the end ----------------------------------------------------------------------------------- */
 
 /* A warp per block adds up what its thread blocks found. */
-__global__ void __launch_bounds__(32) sum_errors_kernel(encode_arguments arguments)
+__global__ void __launch_bounds__(32) sum_errors_kernel(krul_encode_arguments arguments)
 {
     const krul_device_descriptor *block = arguments.descriptors + blockIdx.x;
     double sums[2] = {0, 0};
@@ -697,7 +661,7 @@ __global__ void __launch_bounds__(32) sum_errors_kernel(encode_arguments argumen
     }
 }
 
-typedef void (*encode_kernel)(encode_arguments);
+typedef void (*encode_kernel)(krul_encode_arguments);
 
 template <krul_dtype dtype>
 encode_kernel
@@ -719,7 +683,7 @@ kernel_for(krul_codec codec)
 
 template <krul_dtype dtype>
 void
-launch(void *stream, const krul_device_encode_batch *batch, const encode_arguments &arguments)
+launch(void *stream, const krul_device_encode_batch *batch, const krul_encode_arguments &arguments)
 {
     encode_kernel kernel = kernel_for<dtype>(batch->codec);
     unsigned n_units = (unsigned)batch->n_units, n_blocks = (unsigned)batch->n_blocks;
@@ -742,7 +706,7 @@ krul_cuda_encode(void *stream, const krul_device_encode_batch *batch, const uint
                  uint8_t *payloads, uint8_t *workspace, krul_device_result *results,
                  krul_error *err)
 {
-    encode_arguments arguments = {
+    krul_encode_arguments arguments = {
         (const krul_device_descriptor *)(plan + batch->descriptors_offset),
         (const uint32_t *)(plan + batch->units_offset),
         payloads,
@@ -750,7 +714,11 @@ krul_cuda_encode(void *stream, const krul_device_encode_batch *batch, const uint
         (double *)(workspace + batch->workspace_offset),
         results,
     };
-    if (batch->dtype == KRUL_DTYPE_F32) {
+    if (batch->codec == KRUL_CODEC_EXACT) {
+        krul_launch_exact_encode(stream, batch, &arguments);
+        KRUL_LAUNCH(sum_errors_kernel, (unsigned)batch->n_blocks, 32, 0, stream, arguments);
+    }
+    else if (batch->dtype == KRUL_DTYPE_F32) {
         launch<KRUL_DTYPE_F32>(stream, batch, arguments);
     }
     else if (batch->dtype == KRUL_DTYPE_F16) {

@@ -17,8 +17,8 @@ constexpr uint8_t guard = 0xd7;
 
 const krul_backend *const backend = check_best_backend();
 const krul_dtype dtypes[] = {KRUL_DTYPE_F32, KRUL_DTYPE_F16, KRUL_DTYPE_BF16};
-const krul_codec codecs[] = {KRUL_CODEC_INT8, KRUL_CODEC_INT4, KRUL_CODEC_SHARE,
-                             KRUL_CODEC_SHARE_INT8, KRUL_CODEC_SHARE_INT4};
+const krul_codec codecs[] = {KRUL_CODEC_EXACT, KRUL_CODEC_INT8,       KRUL_CODEC_INT4,
+                             KRUL_CODEC_SHARE, KRUL_CODEC_SHARE_INT8, KRUL_CODEC_SHARE_INT4};
 
 enum class content { normal, zeros, alike, opposite };
 
@@ -135,6 +135,13 @@ encode(std::vector<input> &inputs, unsigned order)
         is_guarded &= std::all_of(payloads.data() + end, payloads.data() + begin,
                                   [](uint8_t byte) { return byte == guard; });
         end = begin + payload_bytes[i];
+        if (inputs[i].source.codec ==
+            KRUL_CODEC_EXACT) { /* which takes less, and may use the rest */
+            CHECK(out.results[i].payload_bytes <= payload_bytes[i]);
+            out.payloads.emplace_back(payloads.data() + begin,
+                                      payloads.data() + begin + out.results[i].payload_bytes);
+            continue;
+        }
         out.payloads.emplace_back(payloads.data() + begin, payloads.data() + end);
     }
     CHECK(is_guarded && std::all_of(payloads.data() + end, payloads.data() + at,
@@ -162,7 +169,7 @@ check_inputs(std::vector<input> &inputs, unsigned order)
         payload.resize(n_bytes);
         const krul_device_result &result = device.results[i];
         bool is_same;
-        if (used == KRUL_CODEC_EXACT) {
+        if (used != source.codec) {
             is_same = result.does_not_fit == 1;
         }
         else {
@@ -220,7 +227,7 @@ test_what_does_not_fit()
     for (krul_codec codec : codecs) {
         for (krul_dtype dtype : dtypes) {
             std::vector<input> inputs;
-            for (float value : bad) {
+            for (float value : bad) { /* all of which exact takes */
                 input one = make(codec, static_cast<krul_kv>(turn % 2), dtype, 70, 40,
                                  content::normal, 0);
                 int which = krul_codec_n_layers(codec) == 2 ? static_cast<int>(turn / 2 % 2) : 0;
@@ -233,6 +240,53 @@ test_what_does_not_fit()
             }
             check_inputs(inputs, turn % 2);
         }
+    }
+}
+
+/* Numbers that fit, whose restored ones would not: codes of a direction reach a little beyond 1. */
+void
+test_what_would_overflow()
+{
+    std::vector<input> inputs;
+    for (krul_codec codec : {KRUL_CODEC_SHARE, KRUL_CODEC_SHARE_INT8, KRUL_CODEC_SHARE_INT4}) {
+        input one = make(codec, KRUL_KV_KEY, KRUL_DTYPE_F16, 5, 16, content::normal, 0);
+        for (int i = 0; i < 2; i++) {
+            for (size_t j = 0; j < one.values[i].size(); j++) {
+                float value = j % 16 == 0 ? 65504.0f : 0.0f;
+                backend->narrow(KRUL_DTYPE_F16, &value, 1, one.bytes[i].data() + 2 * j);
+            }
+        }
+        inputs.push_back(one);
+    }
+    check_inputs(inputs, 0);
+    coded device = encode(inputs, 1);
+    CHECK(device.results[0].does_not_fit == 0 && device.results[2].does_not_fit == 1);
+}
+
+/* Chunks, several of them; streams of one symbol; elements that no coder makes smaller. */
+void
+test_exact_streams()
+{
+    for (krul_dtype dtype : dtypes) {
+        std::vector<input> inputs;
+        inputs.push_back(make(KRUL_CODEC_EXACT, KRUL_KV_KEY, dtype, 130, 128, content::normal, 0));
+        input constant = make(KRUL_CODEC_EXACT, KRUL_KV_KEY, dtype, 20, 16, content::normal, 0);
+        std::fill(constant.bytes[0].begin(), constant.bytes[0].end(), 0);
+        inputs.push_back(constant);
+        input noise = make(KRUL_CODEC_EXACT, KRUL_KV_KEY, dtype, 20, 16, content::normal, 3);
+        std::mt19937 random(9);
+        std::generate(noise.bytes[0].begin(), noise.bytes[0].end(),
+                      [&] { return static_cast<uint8_t>(random()); });
+        inputs.push_back(noise);
+        input few = make(KRUL_CODEC_EXACT, KRUL_KV_KEY, dtype, 9, 4, content::normal, 0);
+        inputs.push_back(few);
+        input steps = make(KRUL_CODEC_EXACT, KRUL_KV_KEY, dtype, 30, 32, content::normal, 0);
+        for (size_t i = 0; i < steps.values[0].size(); i++) { /* a constant for every channel */
+            float value = std::ldexp(1.0f, static_cast<int>(i % 32) - 10);
+            backend->narrow(dtype, &value, 1, steps.bytes[0].data() + i * krul_dtype_bytes(dtype));
+        }
+        inputs.push_back(steps);
+        check_inputs(inputs, 1);
     }
 }
 
@@ -285,8 +339,8 @@ test_arguments()
     source.views[0].data = nullptr;
     check_refused(source, KRUL_STATUS_BAD_VALUE, "views[0]");
     source = one.source;
-    source.codec = KRUL_CODEC_EXACT;
-    check_refused(source, KRUL_STATUS_UNSUPPORTED, "codec 1 is not written");
+    source.codec = KRUL_CODEC_PREDICT;
+    check_refused(source, KRUL_STATUS_UNSUPPORTED, "codec 7 is not written");
     source = one.source;
     for (krul_view &view : source.views) {
         view.shape[2] = KRUL_DEVICE_SHARE_MAX_TOKENS + 1;
@@ -306,6 +360,8 @@ main()
 {
     test_every_codec();
     test_what_does_not_fit();
+    test_what_would_overflow();
+    test_exact_streams();
     test_two_runs_are_the_same();
     test_arguments();
     return check_finish();
