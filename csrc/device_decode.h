@@ -78,7 +78,7 @@ typedef struct krul_device_descriptor {
     int32_t n_kept; /* share */
     int32_t n_merged;
     int32_t n_chunks; /* exact */
-    int32_t reserved;
+    int32_t index; /* of the block among those handed in */
     uint64_t data_offset;
     uint64_t plane_bytes;
     uint64_t minima_bytes; /* int: where in a plane minima and codes begin */
@@ -86,7 +86,7 @@ typedef struct krul_device_descriptor {
 
     uint64_t kept_offset[KRUL_COMPRESSOR_MAX_VIEWS]; /* share: rows; exact: [0], kept bytes */
     uint64_t magnitudes_offset[KRUL_COMPRESSOR_MAX_VIEWS];
-    uint64_t tiles_offset; /* share: krul_device_tile of each tile */
+    uint64_t tiles_offset; /* share: krul_device_tile of each tile; when encoding, its scratch */
 
     int32_t stream_mode; /* exact: krul_entropy_mode */
     int32_t chunk_bits;

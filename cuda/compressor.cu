@@ -11,9 +11,9 @@
  * - Codes become floats by one byte permutation and one subtraction instead of a conversion, which
  *   runs at a quarter of the rate: 2^23 + code is the word 0x4b0000xx. Then one fused multiply-add,
  *   exact in its product as FORMAT.md says, and half a conversion: 4 to 5 instructions a value.
- * - Four rows' codes are loaded before the first is decoded. With 128 threads to a block and some 50
- *   registers to a thread a multiprocessor holds ten blocks, which have about 40 KB of loads under
- *   way; latency times bandwidth is half of that.
+ * - Four rows' codes are loaded before the first is decoded. With 128 threads to a block and 56
+ *   registers to a thread (64 for share) a multiprocessor holds eight or nine blocks, which have some
+ *   35 KB of loads under way; latency times bandwidth is little more than half of that.
  * - Stores are marked as streaming, they are read by a later kernel; loads go by the read-only path,
  *   since neighbouring lanes read the two nibbles of one byte, and parts of payloads begin anywhere.
  *
@@ -182,6 +182,7 @@ decode_keys(const krul_decode_arguments &arguments, const tile &here)
         krul_widen_words<KRUL_DTYPE_BF16>(scale_words, scale);
         krul_widen_words<KRUL_DTYPE_BF16>(minimum_words, minimum);
         const uint8_t *code = codes + place.offset;
+        bool is_aligned = krul_are_aligned(code, row_bytes, 4 * N_WORDS);
         uint8_t *out = here.outputs[0] + 16 * (int64_t)part;
         for (int32_t row = mine.row; row < here.n_tokens; row += AT_ONCE * mine.row_step) {
             uint32_t words[AT_ONCE][N_WORDS];
@@ -189,7 +190,7 @@ decode_keys(const krul_decode_arguments &arguments, const tile &here)
             for (int i = 0; i < AT_ONCE; i++) {
                 int32_t at = row + i * mine.row_step;
                 if (at < here.n_tokens) {
-                    krul_load_words(code + at * row_bytes, words[i]);
+                    krul_load_words(code + at * row_bytes, is_aligned, words[i]);
                 }
             }
 #pragma unroll
@@ -231,6 +232,7 @@ decode_values(const krul_decode_arguments &arguments, const tile &here)
         code_place place = place_of<bits, N_VALUES>(part, head_dim);
         const uint8_t *scale_at = scales + 2 * (part * N_VALUES / GROUP);
         const uint8_t *code = codes + place.offset;
+        bool is_aligned = krul_are_aligned(code, row_bytes, 4 * N_WORDS);
         uint8_t *out = here.outputs[0] + 16 * (int64_t)part;
         for (int32_t row = mine.row; row < here.n_tokens; row += AT_ONCE * mine.row_step) {
             uint32_t words[AT_ONCE][N_WORDS];
@@ -239,7 +241,7 @@ decode_values(const krul_decode_arguments &arguments, const tile &here)
             for (int i = 0; i < AT_ONCE; i++) {
                 int32_t at = row + i * mine.row_step;
                 if (at < here.n_tokens) {
-                    krul_load_words(code + at * row_bytes, words[i]);
+                    krul_load_words(code + at * row_bytes, is_aligned, words[i]);
                     scale[i] = krul_load_u16_at(scale_at + 2 * at * n_groups);
                     minimum[i] = krul_load_u16_at(scale_at + block->minima_bytes +
                                                   2 * at * n_groups);
@@ -337,6 +339,7 @@ __launch_bounds__(N_THREADS) share_kernel(krul_decode_arguments arguments)
             place = place_of<bits, N_VALUES>(part, head_dim);
         }
         const uint8_t *scales = plane + 2 * (part * N_VALUES / GROUP);
+        bool is_aligned = krul_are_aligned(codes + place.offset, row_bytes, 4 * N_WORDS);
         for (int32_t row = mine.row; row < here.n_tokens; row += SHARE_AT_ONCE * mine.row_step) {
             token_place token[SHARE_AT_ONCE];
             uint32_t words[SHARE_AT_ONCE][N_WORDS];
@@ -353,7 +356,7 @@ __launch_bounds__(N_THREADS) share_kernel(krul_decode_arguments arguments)
                     continue;
                 }
                 int64_t in_plane = token[i].index - merged_before;
-                krul_load_words(codes + in_plane * row_bytes + place.offset, words[i]);
+                krul_load_words(codes + in_plane * row_bytes + place.offset, is_aligned, words[i]);
                 if (bits != 0) {
                     scale[i] = krul_load_u16_at(scales + 2 * in_plane * n_groups);
                     minimum[i] = krul_load_u16_at(scales + block->minima_bytes +
@@ -429,6 +432,7 @@ __launch_bounds__(N_THREADS) raw_kernel(krul_decode_arguments arguments)
     const uint8_t *rows = arguments.chunk + block->data_offset + here.plane * block->plane_bytes +
                           here.first_token * row_bytes;
     int32_t n_parts = block->head_dim / 8;
+    bool is_aligned = krul_are_aligned(rows, row_bytes, 16);
     share_of_tile mine = share_of(n_parts);
     for (int32_t part = mine.part; part < n_parts; part += mine.part_step) {
         for (int32_t row = mine.row; row < here.n_tokens; row += AT_ONCE * mine.row_step) {
@@ -437,7 +441,8 @@ __launch_bounds__(N_THREADS) raw_kernel(krul_decode_arguments arguments)
             for (int i = 0; i < AT_ONCE; i++) {
                 int32_t at = row + i * mine.row_step;
                 if (at < here.n_tokens) {
-                    krul_load_words(rows + at * row_bytes + 16 * (int64_t)part, words[i]);
+                    krul_load_words(rows + at * row_bytes + 16 * (int64_t)part, is_aligned,
+                                    words[i]);
                 }
             }
 #pragma unroll
@@ -453,6 +458,13 @@ __launch_bounds__(N_THREADS) raw_kernel(krul_decode_arguments arguments)
 }
 
 /* ---- value by value ---------------------------------------------------------------------------- */
+
+/* Planes of an odd number of bytes, and what follows an entropy stream, begin anywhere. */
+static __device__ __forceinline__ uint32_t
+u16_at(const uint8_t *address)
+{
+    return __ldg(address) | (uint32_t)__ldg(address + 1) << 8;
+}
 
 static __device__ __forceinline__ float
 widen_at(krul_dtype dtype, const uint8_t *elements, int64_t index)
@@ -494,8 +506,8 @@ coded_value(const krul_decode_arguments &arguments, const krul_device_descriptor
         code = __ldg(row + group * (GROUP / 2) + (is_low ? in_group : in_group - half));
         code = is_low ? code & 15u : code >> 4;
     }
-    uint32_t scale = krul_load_u16_at(plane + 2 * parameter);
-    uint32_t minimum = krul_load_u16_at(plane + block->minima_bytes + 2 * parameter);
+    uint32_t scale = u16_at(plane + 2 * parameter);
+    uint32_t minimum = u16_at(plane + block->minima_bytes + 2 * parameter);
     if (is_unsound(scale, minimum)) {
         krul_report_damage(arguments.damage_flag);
     }
@@ -533,8 +545,7 @@ __launch_bounds__(N_THREADS)
         int64_t in_row = (int64_t)channel * element_bytes;
         if (is_raw) {
             uint8_t *out = here.outputs[0] + row * block->outputs[0].token_bytes + in_row;
-            const uint8_t *in = plane + 2 * (token * head_dim + channel); /* any byte */
-            *(uint16_t *)out = (uint16_t)(__ldg(in) | (uint32_t)__ldg(in + 1) << 8);
+            *(uint16_t *)out = (uint16_t)u16_at(plane + 2 * (token * head_dim + channel));
             continue;
         }
         if (is_int) {

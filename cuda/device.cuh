@@ -176,6 +176,42 @@ krul_load_words(const uint8_t *address, uint32_t (&out)[n_words])
     }
 }
 
+/* The same where the caller knows, for all its addresses at once, whether they are multiples of what
+ * is loaded: one predicate in place of a test of every address. */
+template <int n_words>
+static __device__ __forceinline__ void
+krul_load_words(const uint8_t *address, bool is_aligned, uint32_t (&out)[n_words])
+{
+    if (!is_aligned) {
+        krul_load_words(address, out);
+    }
+    else if (n_words == 4) {
+        uint4 all = __ldg((const uint4 *)address);
+        out[0] = all.x;
+        out[n_words > 1 ? 1 : 0] = all.y;
+        out[n_words > 2 ? 2 : 0] = all.z;
+        out[n_words > 3 ? 3 : 0] = all.w;
+    }
+    else if (n_words == 2) {
+        uint2 all = __ldg((const uint2 *)address);
+        out[0] = all.x;
+        out[n_words > 1 ? 1 : 0] = all.y;
+    }
+    else {
+#pragma unroll
+        for (int i = 0; i < n_words; i++) {
+            out[i] = __ldg((const uint32_t *)address + i);
+        }
+    }
+}
+
+/* Are rows row_bytes apart, from the address on, multiples of n_bytes (a power of two)? */
+static __device__ __forceinline__ bool
+krul_are_aligned(const uint8_t *address, int64_t row_bytes, uint32_t n_bytes)
+{
+    return (((uint32_t)(uintptr_t)address | (uint32_t)row_bytes) & (n_bytes - 1)) == 0;
+}
+
 static __device__ __forceinline__ uint32_t
 krul_load_u16_at(const uint8_t *address)
 {

@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -396,7 +397,7 @@ struct meeting {
 };
 
 struct warp {
-    meeting meetings[32]; /* by the lowest lane of the mask */
+    std::deque<meeting> meetings; /* one for each mask; lanes may hold on to its values */
 };
 
 struct machine {
@@ -651,9 +652,16 @@ meet(uint32_t mask, int kind, uint64_t value)
         die("is in a warp operation whose mask leaves it out");
     }
     unsigned first = linear_thread() / 32 * 32;
-    meeting &at = the.warps[first / 32].meetings[__builtin_ctz(mask)];
-    if (at.arrived != 0 && (at.mask != mask || at.kind != kind)) {
-        die("meets lanes that are in another warp operation, or have another mask");
+    std::deque<meeting> &meetings = the.warps[first / 32].meetings;
+    auto found = std::find_if(meetings.begin(), meetings.end(),
+                              [mask](const meeting &other) { return other.mask == mask; });
+    if (found == meetings.end()) {
+        meetings.emplace_back();
+        found = meetings.end() - 1;
+    }
+    meeting &at = *found;
+    if (at.arrived != 0 && at.kind != kind) {
+        die("meets lanes that are in another warp operation");
     }
     uint64_t *values = at.values[at.n_held % 2];
     at.mask = mask;

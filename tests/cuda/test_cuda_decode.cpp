@@ -452,6 +452,70 @@ test_damage()
     }
 }
 
+/* Scales and minima that no encoder writes, and the last ones that one may. */
+void
+test_unsound_parameters()
+{
+    const struct {
+        bool is_scale;
+        uint16_t bits;
+        bool is_sound;
+    } cases[] = {{true, 0x7b7f, true},   {true, 0x7b80, false},  {true, 0x8000, false},
+                 {true, 0x7fff, false},  {false, 0x7f7f, true},  {false, 0xff7f, true},
+                 {false, 0x7f80, false}, {false, 0xff80, false}, {false, 0xffff, false}};
+    for (krul_codec codec : {KRUL_CODEC_INT8, KRUL_CODEC_INT4}) {
+        for (int kv = 0; kv < 2; kv++) {
+            for (int64_t head_dim : {16, 7}) {
+                shape4 shape = {1, 1, 70, head_dim};
+                coded block = encode(codec, static_cast<krul_kv>(kv), KRUL_DTYPE_BF16, shape,
+                                     false);
+                size_t n_groups = static_cast<size_t>(kv == 0 ? 2 * head_dim : 70);
+                for (const auto &one : cases) {
+                    for (size_t group : {size_t{0}, n_groups - 1}) {
+                        std::vector<uint8_t> payload = block.payload;
+                        size_t at = 2 * (group + (one.is_scale ? 0 : n_groups));
+                        payload[at] = static_cast<uint8_t>(one.bits);
+                        payload[at + 1] = static_cast<uint8_t>(one.bits >> 8);
+                        bool is_outside_written = false;
+                        verdict found = judge(block, payload, &is_outside_written);
+                        CHECK(found.status == KRUL_STATUS_OK && !is_outside_written);
+                        CHECK(found.is_damage_seen == !one.is_sound);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* A chunk of an entropy stream with a word too many or too few. */
+void
+test_words_left()
+{
+    shape4 shape = {1, 1, 60, 32};
+    coded block = encode(KRUL_CODEC_EXACT, KRUL_KV_KEY, KRUL_DTYPE_BF16, shape, false);
+    bool has_offsets = block.payload[0] == 2;
+    CHECK(block.payload[0] != 0);
+    size_t stream = 8 + 60 * 32 + (has_offsets ? 32 : 0);
+    size_t directory = stream + 12 + block.payload[stream + 2] + 256u * block.payload[stream + 3];
+    auto add = [](std::vector<uint8_t> &payload, size_t at, int change) {
+        uint32_t number = payload[at] + 256u * payload[at + 1] + static_cast<uint32_t>(change);
+        payload[at] = static_cast<uint8_t>(number);
+        payload[at + 1] = static_cast<uint8_t>(number >> 8);
+    };
+    for (int change : {2, 64, 200, -2, -20}) {
+        std::vector<uint8_t> payload = block.payload;
+        payload.resize(payload.size() + static_cast<size_t>(static_cast<int64_t>(change)), 0);
+        add(payload, 1, change);
+        add(payload, directory, change);
+        bool is_outside_written = false;
+        verdict found = judge(block, payload, &is_outside_written);
+        CHECK(found.status == KRUL_STATUS_OK && !is_outside_written);
+        CHECK(found.is_damage_seen);
+    }
+    bool is_outside_written = false;
+    CHECK(!judge(block, block.payload, &is_outside_written).is_damage_seen);
+}
+
 void
 test_no_blocks()
 {
@@ -471,5 +535,7 @@ main()
     test_long_rows();
     test_exact_chunks();
     test_damage();
+    test_unsound_parameters();
+    test_words_left();
     return check_finish();
 }
