@@ -394,7 +394,7 @@ prepare_share(writer *to, const krul_device_block *block, krul_error *err)
     const uint8_t *payload = to->chunk + block->payload_offset;
     krul_device_descriptor descriptor = describe(block);
     krul_share_layout layout;
-    size_t tiles_offset;
+    size_t tiles_offset = 0;
     KRUL_TRY(krul_share_measure(entry->dtype, shape, bits_of(entry->codec), &layout, err));
     if (entry->payload_bytes != layout.n_bytes) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
@@ -432,7 +432,7 @@ prepare_split(writer *to, const krul_device_block *block, int view,
     const krul_store_entry *entry = block->entry;
     krul_device_descriptor descriptor = describe(block);
     krul_entropy_reader reader;
-    size_t table_offset;
+    size_t table_offset = 0;
     KRUL_TRY(krul_entropy_reader_init(&reader, section->stream, section->stream_bytes,
                                       sizes->n_elements, err));
     descriptor.outputs[0] = descriptor.outputs[view];
@@ -523,7 +523,7 @@ write_units(writer *to, krul_error *err)
     krul_status status = KRUL_STATUS_OK;
     for (int32_t i = 0; i < to->n_batches; i++) {
         krul_device_batch *batch = &to->batches[i];
-        size_t offset;
+        size_t offset = 0;
         KRUL_TRY(reserve(to, (size_t)batch->n_units * sizeof(uint32_t), &offset, err));
         batch->descriptors_offset = to->descriptors_offset;
         batch->units_offset = offset;
