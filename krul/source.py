@@ -167,7 +167,7 @@ class Source:
         self._plan: Plan | None = None
         self._reason = self._device_problem = ""
         self._is_prepared = self._is_closed = False
-        self._failure: UnsupportedModelError | None = None
+        self._failure: UnsupportedModelError | DeviceError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
         for segment in manifest.segments:
@@ -448,9 +448,13 @@ class Source:
                 all_of_it = self.manifest.n_tokens
                 self._restores[0].drop(layer, all_of_it if n == self._n_tokens else n)
                 self._dropped[layer] = n
-        for device in self._direct_devices():
-            # What was on its way there comes before what is about to be computed.
-            self._restores[0].lead(*stream_of(device))
+        try:
+            for device in self._direct_devices():
+                # What was on its way there comes before what is about to be computed.
+                self._restores[0].lead(*stream_of(device))
+        except DeviceError:
+            # Then that is waited for; layers that are not in will be computed, too.
+            self._restores[0].abandon()
 
     def _chunks(self, n_by_layer: list[int], n_prompt_tokens: int) -> dict[str, Any]:
         """Return how recomputing is to ask, before each chunk, what has come meanwhile.
@@ -484,7 +488,10 @@ class Source:
             # What is in already may be needed to predict what is not.
             if step.entry.codec == _PREDICT or any(view is not None for view in views):
                 again.append((step, views))
-        self._begin(again)
+        try:
+            self._begin(again)
+        except (DeviceError, MemoryError) as error:
+            self._failure = DeviceError(f"{self._path}: {error}")
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
         kinds = [layout.kind for layout in self.manifest.layers]
