@@ -2,6 +2,7 @@
  *
  * The emulator does what it is told at once, so this is about bytes and bookkeeping, not about order:
  * what streams and events are for is tests/c/test_restore_device.c's affair. */
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -28,11 +29,10 @@ struct memory {
     int64_t head_dim;
 
     memory(krul_dtype type, int64_t tokens, int64_t dim)
-        : bytes(2 * 2 * N_LAYERS * N_HEADS * (size_t)(tokens * dim) * krul_dtype_bytes(type)),
-          tensor_bytes(bytes.size() / (4 * N_LAYERS)), dtype(type), n_tokens(tokens), head_dim(dim)
+        : tensor_bytes((size_t)N_HEADS * (size_t)(tokens * dim) * krul_dtype_bytes(type)),
+          dtype(type), n_tokens(tokens), head_dim(dim)
     {
-        tensor_bytes = (size_t)N_HEADS * (size_t)(tokens * dim) * krul_dtype_bytes(type);
-        bytes.assign(2 * N_LAYERS * 2 * tensor_bytes, 0);
+        bytes.assign(2 * N_LAYERS * tensor_bytes, 0);
     }
 
     krul_view view(int layer, int kv, int64_t start, int64_t count, krul_device_type device)
@@ -88,8 +88,7 @@ encode(memory *source, memory *expected, krul_codec pair_codec)
         for (int i = 0; i < 2 * N_BLOCKS; i++) {
             int kv = i % 2;
             int64_t start = i / 2 * BLOCK_TOKENS;
-            int64_t count = source->n_tokens - start < BLOCK_TOKENS ? source->n_tokens - start
-                                                                    : BLOCK_TOKENS;
+            int64_t count = std::min<int64_t>(source->n_tokens - start, BLOCK_TOKENS);
             krul_view in[2] = {source->view(layer, kv, start, count, KRUL_DEVICE_CPU), {}};
             krul_view out[2] = {expected->view(layer, kv, start, count, KRUL_DEVICE_CPU), {}};
             if (n_views == 2) {
