@@ -326,9 +326,7 @@ def install(monkeypatch: Any) -> str:
         _installed.append(True)
     fake.calm()
     monkeypatch.setattr(Elsewhere, "__dlpack__", _export)
-    monkeypatch.setattr(
-        Elsewhere, "__dlpack_device__", lambda self: (_CUDA, self.device.index), raising=False
-    )
+    monkeypatch.setattr(Elsewhere, "__dlpack_device__", lambda self: (_CUDA, self.device.index))
     monkeypatch.setattr(krul.source, "is_direct", lambda device: device.type == "elsewhere")
     monkeypatch.setattr(krul.source, "stream_of", lambda device: (device.index, 100 + device.index))
     return ""
