@@ -102,5 +102,5 @@ lint: $(LINT_READY) build
 	$(RUN) $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml krul._core
 
 clean:
-	rm -rf build dist out *.egg-info krul/_core*.so
+	rm -rf build dist out *.egg-info krul/_c*.so
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

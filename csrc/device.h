@@ -58,7 +58,7 @@ typedef struct krul_device_ops {
     krul_status (*copy_out)(krul_device *device, void *stream, void *to, const void *from,
                             size_t n_bytes, krul_error *err);
 
-    /* What blocks come to, as device_decode.h says; on the host, and without the device. */
+    /* What is done on the host, without the device. NULL: as device_decode.h says. */
     bool (*decode_is_supported)(const krul_store_entry *entry);
     size_t (*decode_bound)(const krul_device_block *blocks, int32_t n_blocks);
     krul_status (*decode_prepare)(uint8_t *chunk, size_t chunk_bytes, size_t used_bytes,

@@ -24,7 +24,7 @@ enum {
 };
 
 struct krul_device_pool {
-    const krul_device_ops *ops;
+    krul_device_ops ops; /* every entry is set */
     size_t chunk_bytes;
     int32_t n_chunks;
     int32_t max_idle;
@@ -61,7 +61,12 @@ krul_device_pool_new(const krul_device_ops *ops, const krul_device_pool_options 
     if (pool == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a pool of lanes");
     }
-    pool->ops = ops;
+    pool->ops = *ops;
+    if (ops->decode_is_supported == NULL) {
+        pool->ops.decode_is_supported = krul_device_decode_is_supported;
+        pool->ops.decode_bound = krul_device_decode_bound;
+        pool->ops.decode_prepare = krul_device_decode_prepare;
+    }
     pool->chunk_bytes = options->chunk_bytes > 0 ? options->chunk_bytes : DEFAULT_CHUNK_BYTES;
     pool->n_chunks = options->n_chunks > 0 ? options->n_chunks : DEFAULT_N_CHUNKS;
     pool->max_idle = options->n_idle > 0 ? options->n_idle : DEFAULT_N_IDLE;
@@ -73,7 +78,7 @@ krul_device_pool_new(const krul_device_ops *ops, const krul_device_pool_options 
 const krul_device_ops *
 krul_device_pool_ops(const krul_device_pool *pool)
 {
-    return pool->ops;
+    return &pool->ops;
 }
 
 /* ---- lanes ------------------------------------------------------------------------------------- */
@@ -222,12 +227,12 @@ new_lane(krul_device_pool *pool, int32_t device_id, size_t need_bytes, krul_lane
     pthread_mutex_init(&made->enqueueing, NULL);
     krul_lane *lane = &made->lane;
     lane->pool = pool;
-    lane->ops = pool->ops;
+    lane->ops = &pool->ops;
     lane->device_id = device_id;
-    KRUL_TRY(pool->ops->open(device_id, &lane->device, err));
-    KRUL_TRY(pool->ops->stream_new(lane->device, &lane->copy_stream, err));
-    KRUL_TRY(pool->ops->stream_new(lane->device, &lane->decode_stream, err));
-    KRUL_TRY(pool->ops->event_new(lane->device, &lane->fence, err));
+    KRUL_TRY(pool->ops.open(device_id, &lane->device, err));
+    KRUL_TRY(pool->ops.stream_new(lane->device, &lane->copy_stream, err));
+    KRUL_TRY(pool->ops.stream_new(lane->device, &lane->decode_stream, err));
+    KRUL_TRY(pool->ops.event_new(lane->device, &lane->fence, err));
     KRUL_TRY(make_ring(lane, need_bytes, err));
     *out = lane;
     lane = NULL;

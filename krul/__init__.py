@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _core
 from .errors import (
     CorruptionError,
     DeviceError,
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+#: Why there is no CUDA here, in the words of the import that failed; None where there is.
+CUDA_UNAVAILABLE: str | None = None
+try:
+    _core.device_register(importlib.import_module("._cuda", __name__).table)
+except ImportError as error:
+    CUDA_UNAVAILABLE = str(error)
+
 __all__ = [
+    "CUDA_UNAVAILABLE",
     "Cache",
     "ConversationInfo",
     "CorruptionError",
@@ -79,8 +88,9 @@ def backends() -> dict[str, Any]:
     -------
     dict
         ``chosen``: the name of the table of kernels in use. ``usable``: all that can run here, best
-        first. ``unusable``: the others, each with the reason. ``blas``: the same of the library for
-        matrix products, found by the first call that asks; ``chosen`` None if there is none.
+        first. ``unusable``: the others, each with the reason. ``devices``: the kinds of device that
+        decode by themselves. ``blas``: the library for matrix products, found by the first call
+        that asks; ``chosen`` None if there is none.
 
     Examples
     --------
@@ -89,16 +99,18 @@ def backends() -> dict[str, Any]:
     >>> found["chosen"] in found["usable"]
     True
     """
-    from . import _core, blas
+    from . import blas
 
     tables = _core.backends()
+    no_cuda = {} if CUDA_UNAVAILABLE is None else {"cuda": CUDA_UNAVAILABLE}
     return {
         "chosen": next(name for name, _, is_chosen in tables if is_chosen),
         "usable": [name for name, is_usable, _ in tables if is_usable],
         "unusable": {
             **{name: "not for this processor" for name, is_usable, _ in tables if not is_usable},
-            "cuda": "not in this version",
+            **no_cuda,
         },
+        "devices": [] if no_cuda else ["cuda"],
         "blas": blas.about(),
     }
 

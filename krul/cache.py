@@ -28,7 +28,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .device import CPU, Stopwatch
+from .device import CPU, Stopwatch, is_elsewhere
 from .errors import CorruptionError, KrulError, MismatchError, ShapeError
 from .history import History, LayerSnapshot, Snapshot
 from .layer import (
@@ -201,6 +201,7 @@ class Cache(DynamicCache):
         self._executor: ThreadPoolExecutor | None = None
         self._snapshots: list[Snapshot] = []
         self._restore_failure: Exception | None = None
+        self._restored: Any = None  # a source whose layers were waited for, and is not closed yet
         self._future: Future[SaveReport] | None = None
         self._lock = threading.RLock()
         self._restore_lock = threading.RLock()
@@ -322,8 +323,16 @@ class Cache(DynamicCache):
         feed = self._feed
         if feed is None or feed.thread_id != threading.get_ident():
             return
-        if is_failed:
+        damaged = {} if is_failed else self._find_damage()
+        if is_failed or damaged:
             self._undo_feed(feed)
+            self._feed = None
+            if damaged:
+                self._repair(damaged)
+                raise CorruptionError(
+                    f"{next(iter(damaged.values()))}; the layers were recomputed, and the pass "
+                    "that used them is undone"
+                )
         elif self.n_tokens != feed.n_before + feed.n_new:
             self._lose_tokens(
                 f"the model was fed {feed.n_new} tokens but the cache grew from "
@@ -669,13 +678,14 @@ class Cache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, KrulLayer):
                 layer.wait()
+        self._repair(self._find_damage())
         return self.restore_report
 
     @property
     def restore_report(self) -> RestoreReport:
         """How the restore went or goes, and what was cropped and recomputed since."""
         self._note_times()
-        source = self.source
+        source = self.source if self._restored is None else self._restored
         report = self._base_report if source is None else _report_of(source, self._base_report)
         n_loaded = list(report.n_loaded_by_layer)
         n_recomputed = list(report.n_recomputed_by_layer)
@@ -756,7 +766,11 @@ class Cache(DynamicCache):
             layer.pending = None
             self._wait_s += time.perf_counter() - start
             if not any(getattr(other, "pending", None) for other in self.layers):
-                self._end_restore()
+                if getattr(self.source, "is_direct", False):
+                    # Closing it waits for the device, which is none of a forward pass's business.
+                    self._restored, self.source = self.source, None
+                else:
+                    self._end_restore()
 
     def _end_restore(self) -> None:
         source, self.source = self.source, None
@@ -764,8 +778,53 @@ class Cache(DynamicCache):
             source.close()
             self._base_report = _report_of(source, self._base_report)
 
+    def _find_damage(self) -> dict[int, Exception]:
+        """Close a restore whose layers were waited for; return what only a device could see."""
+        with self._restore_lock:
+            source, self._restored = self._restored, None
+            if source is None:
+                return {}
+            source.close()
+            self._base_report = _report_of(source, self._base_report)
+            return dict(source.damaged())
+
+    def _repair(self, damaged: dict[int, Exception]) -> None:
+        """Compute damaged layers anew; whatever was computed from them is wrong.
+
+        Raises
+        ------
+        CorruptionError, OSError
+            The history cannot be recomputed.
+        """
+        if not damaged:
+            return
+        error = next(iter(damaged.values()))
+        n_tokens = max(self.layers[index].get_seq_length() for index in damaged)
+        blocker = self._why_not_recompute(n_tokens)
+        if blocker:
+            self._lose_tokens("what was restored of it is damaged")
+            raise _with_reason(error, f"the history cannot be recomputed: {blocker}") from error
+        self._fill_from(self._run_history(n_tokens), list(damaged), n_tokens, error)
+
+    def _fill_from(
+        self, plain: DynamicCache, missing: list[int], n_tokens: int, error: Exception
+    ) -> None:
+        """Give layers the K and V that were computed anew, and note why."""
+        for index in missing:
+            layer = self.layers[index]
+            layer._fill(plain.layers[index].keys, plain.layers[index].values)
+            layer.pending = None
+            self._n_recomputed[index] = layer.get_seq_length()
+        self._notes.append(
+            f"recomputed layers {', '.join(map(str, missing))} from {n_tokens} tokens because "
+            f"they could not be read: {error}"
+        )
+
     def _drop_restore(self) -> None:
         """Stop a restore whose result is not wanted any more."""
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            restored.close()
         if self.source is None:
             return
         if self._snapshots:
@@ -809,16 +868,7 @@ class Cache(DynamicCache):
                 error, f"the history cannot be recomputed: {blocker}"
             )
             raise self._restore_failure from error
-        plain = self._run_history(n_tokens)
-        for index in missing:
-            layer = self.layers[index]
-            layer._fill(plain.layers[index].keys, plain.layers[index].values)
-            layer.pending = None
-            self._n_recomputed[index] = layer.get_seq_length()
-        self._notes.append(
-            f"recomputed layers {', '.join(map(str, missing))} from {n_tokens} tokens because "
-            f"they could not be read: {error}"
-        )
+        self._fill_from(self._run_history(n_tokens), missing, n_tokens, error)
 
     def _why_not_recompute(self, n_tokens: int) -> str:
         if self._history is None:
@@ -974,6 +1024,7 @@ class Cache(DynamicCache):
         )
 
     def _take_snapshot(self) -> Snapshot:
+        self._order_streams()
         n_tokens = self.n_tokens
         if n_tokens == 0:
             raise ValueError("the cache holds 0 tokens but a conversation to save needs at least 1")
@@ -990,6 +1041,20 @@ class Cache(DynamicCache):
                 layer._n_protected = [n_tokens, n_tokens]
         similarity = None if self.estimator is None else self.estimator.result()
         return Snapshot(*known, layers, similarity)
+
+    def _order_streams(self) -> None:
+        """Have what comes to other devices ordered before what this thread does there.
+
+        The thread of a save cannot tell which stream a layer was waited for on.
+        """
+        for layer in self.layers:
+            if (
+                isinstance(layer, KrulLayer)
+                and layer.pending is not None
+                and any(x is not None and is_elsewhere(x) for x in layer._buffers)
+            ):
+                layer.wait()
+        self._repair(self._find_damage())
 
     def _snapshot_layer(self, index: int, layer: Any, n_tokens: int) -> LayerSnapshot:
         if isinstance(layer, KrulLayer):

@@ -2,6 +2,7 @@
 
 The C library works in the memory of the CPU. What a layer on another device holds is copied there
 piece by piece to be encoded; what was decoded for it lands there and goes on when all of it is in.
+Where `krul._cuda` is, blocks go to a CUDA device as they are stored, and are decoded there.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ __all__ = [
     "Landing",
     "Marks",
     "Stopwatch",
+    "devices_of",
+    "is_direct",
     "is_elsewhere",
     "layer_devices",
     "on_cpu",
+    "record_use",
+    "stream_of",
     "synchronize",
 ]
 
@@ -43,6 +48,18 @@ def is_elsewhere(place: torch.Tensor | torch.device) -> bool:
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that the C library can borrow: itself, or a copy."""
     return tensor.cpu() if is_elsewhere(tensor) else tensor
+
+
+def is_direct(device: torch.device) -> bool:
+    """Whether the C library has a device decode what is stored."""
+    from . import CUDA_UNAVAILABLE
+
+    return device.type == "cuda" and CUDA_UNAVAILABLE is None
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """Return a device's number, and the address of the stream that torch uses in this thread."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def layer_devices(model: Any) -> list[torch.device]:
@@ -179,7 +196,7 @@ class Landing:
             if self.host is not None:
                 with outside_autograd():
                     for landed, buffer in zip(self.host, self.target, strict=True):
-                        _record_use(buffer)
+                        record_use(buffer)
                         buffer[:, :, token_start : landed.shape[2]].copy_(
                             landed[:, :, token_start:], non_blocking=landed.is_pinned()
                         )
@@ -197,7 +214,7 @@ def _landing_memory(buffer: torch.Tensor, n_tokens: int) -> torch.Tensor:
     return torch.empty(shape, dtype=buffer.dtype, device=CPU)
 
 
-def _record_use(buffer: torch.Tensor) -> None:
+def record_use(buffer: torch.Tensor) -> None:
     """Tell torch's allocator that this thread's stream uses memory that was made on another."""
     if buffer.device.type == "cuda":
         buffer.record_stream(torch.cuda.current_stream(buffer.device))

@@ -25,8 +25,23 @@ import torch
 from . import _core, blas
 from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import UNKNOWN_DECODE_BYTES_PER_S, CostBook, ForwardCost
-from .device import CPU, Landing, Stopwatch, is_elsewhere, synchronize
-from .errors import CorruptionError, FormatError, KrulError, UnsupportedModelError
+from .device import (
+    CPU,
+    Landing,
+    Stopwatch,
+    is_direct,
+    is_elsewhere,
+    record_use,
+    stream_of,
+    synchronize,
+)
+from .errors import (
+    CorruptionError,
+    DeviceError,
+    FormatError,
+    KrulError,
+    UnsupportedModelError,
+)
 from .manifest import BOTH, Entry, LayerLayout, Manifest, SegmentInfo
 from .meet import Block, columns_between, meet
 from .plan import Costs, Plan, plan
@@ -82,7 +97,7 @@ class _Step(NamedTuple):
     decoded_bytes: int
     fd: int
     entry: Entry
-    buffers: tuple[torch.Tensor, ...]  # of whole layers
+    buffers: tuple[torch.Tensor | None, ...]  # whole layers; None: on another step's device
 
     @property
     def n_tokens(self) -> int:
@@ -138,7 +153,9 @@ class Source:
         self.manifest, self.settings = manifest, settings
         n_layers = len(manifest.layers)
         self.devices = (*devices[:n_layers], *[CPU] * (n_layers - len(devices)))
+        self._buffers: dict[int, KeysAndValues] = {}
         self._landings: dict[int, Landing] = {}  # of layers on another device
+        self._direct: set[int] = set()  # layers whose device decodes what is stored
         self.costs = CostBook(None, "unknown") if costs is None else costs
         self._path = conversation.path
         self.problems: list[str] = []
@@ -152,9 +169,9 @@ class Source:
         self._open_s = self._recompute_begin_s = 0.0
         self._recompute_watch: Stopwatch | None = None
         self._plan: Plan | None = None
-        self._reason = ""
+        self._reason = self._device_problem = ""
         self._is_prepared = self._is_closed = False
-        self._failure: UnsupportedModelError | None = None
+        self._failure: UnsupportedModelError | DeviceError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
         for segment in manifest.segments:
@@ -260,21 +277,35 @@ class Source:
         probably be recomputed, blocks come from the end of the history on, and those of that part
         after everything else; see `krul.meet`. Nothing is read where that part is everything.
         """
+        self._buffers = buffers
+        self._direct = {layer for layer in buffers if is_direct(self.devices[layer])}
+        try:
+            self._start()
+        except (DeviceError, MemoryError) as error:
+            if not self._direct:
+                raise
+            # Slower, and with memory of the CPU only.
+            self._direct = set()
+            self._device_problem = f"blocks are decoded by the CPU: {error}"
+            self._start()
+        self._open_s = time.perf_counter() - self._opened
+
+    def _start(self) -> None:
         self._landings = {
             layer: Landing(pair, self.n_tokens)
-            for layer, pair in buffers.items()
-            if is_elsewhere(self.devices[layer])
+            for layer, pair in self._buffers.items()
+            if is_elsewhere(self.devices[layer]) and layer not in self._direct
         }
         room = {
             layer: pair if landing is None or landing.host is None else landing.host
-            for layer, pair in buffers.items()
+            for layer, pair in self._buffers.items()
             for landing in [self._landings.get(layer)]
         }
         steps = [
             step
             for segment, fd, entries in self._files
             for entry in entries
-            if (step := _step_of(entry, fd, segment, room)) is not None
+            for step in _steps_of(entry, fd, segment, room)
         ]
         self._starts = _starts_by_layer(steps)
         self._n_tokens = self.n_tokens
@@ -292,7 +323,6 @@ class Source:
             self._begun = steps
         self._begun_at = time.perf_counter()
         self._begin([(step, step.buffers) for step in self._begun])
-        self._open_s = time.perf_counter() - self._opened
 
     def _turn(
         self, step: _Step, n_by_layer: list[int], n_near: float = math.inf
@@ -335,8 +365,18 @@ class Source:
                 len(self.manifest.layers),
                 self.settings.n_threads,
                 max_bytes_per_s=self.settings.max_read_bytes_per_s,
+                # The memory was this stream's a moment ago, or is another's use of it.
+                streams=[stream_of(device) for device in self._direct_devices()],
             )
         )
+
+    def _direct_devices(self) -> set[torch.device]:
+        return {self.devices[layer] for layer in self._direct}
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether devices decode, so that what was waited for need not be over yet."""
+        return bool(self._direct)
 
     def _positions(self) -> np.ndarray:
         if self.manifest.positions is None:
@@ -430,6 +470,13 @@ class Source:
                 all_of_it = self.manifest.n_tokens
                 self._restores[0].drop(layer, all_of_it if n == self._n_tokens else n)
                 self._dropped[layer] = n
+        try:
+            for device in self._direct_devices():
+                # What was on its way there comes before what is about to be computed.
+                self._restores[0].lead(*stream_of(device))
+        except DeviceError:
+            # Then that is waited for; layers that are not in will be computed, too.
+            self._restores[0].abandon()
 
     def _chunks(self, n_by_layer: list[int], n_prompt_tokens: int) -> dict[str, Any]:
         """Return how recomputing is to ask, before each chunk, what has come meanwhile.
@@ -463,7 +510,10 @@ class Source:
             # What is in already may be needed to predict what is not.
             if step.entry.codec == _PREDICT or any(buffer is not None for buffer in buffers):
                 again.append((step, buffers))
-        self._begin(again)
+        try:
+            self._begin(again)
+        except (DeviceError, MemoryError) as error:
+            self._failure = DeviceError(f"{self._path}: {error}")
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
         kinds = [layout.kind for layout in self.manifest.layers]
@@ -496,6 +546,10 @@ class Source:
             if index not in done and step.token_start < self._n_tokens
         ]
 
+    def _cpu_bytes(self, step: _Step) -> int:
+        """Return the bytes that the CPU has to decode; a device takes next to no time."""
+        return 0 if self._direct.issuperset(step.layers) else step.decoded_bytes
+
     def _required(self) -> list[int]:
         """Return the tokens of each layer that are not stored, and so must be recomputed."""
         required = [0] * len(self.manifest.layers)
@@ -515,7 +569,7 @@ class Source:
             costs = self.costs.plan_costs(
                 n_layers,
                 self.manifest.n_batch,
-                [(x.layers, x.codec, x.payload_bytes, x.decoded_bytes) for x in self._left()],
+                [(x.layers, x.codec, x.payload_bytes, self._cpu_bytes(x)) for x in self._left()],
                 read_bytes_per_s=read_rate,
                 n_threads=settings.n_threads,
                 block_tokens=MAX_BLOCK_TOKENS,
@@ -596,14 +650,35 @@ class Source:
             for restore in self._restores:
                 if can_recompute:
                     self._wait_patiently(restore, layer)
-                restore.wait(layer)
+                if layer in self._direct:
+                    restore.wait_stream(layer, stream_of(self.devices[layer])[1])
+                else:
+                    restore.wait(layer)
         except CorruptionError as error:
             raise CorruptionError(f"{self._path}: layer {layer}: {error}") from None
+        for buffer in self._buffers[layer] if layer in self._direct else ():
+            record_use(buffer)
         landing = self._landings.get(layer)
         if landing is not None:
             # What was recomputed is there already.
             n_there = self._n_recomputed[layer]
             landing.bring(self.manifest.n_tokens if n_there == self._n_tokens else n_there)
+
+    def damaged(self) -> dict[int, CorruptionError | DeviceError]:
+        """Return the layers that were waited for and are not right after all, and why.
+
+        Only a device's own decoding can find that later; all of it is known after `close`.
+        """
+        found: dict[int, CorruptionError | DeviceError] = {}
+        for layer in sorted(self._direct):
+            for restore in self._restores:
+                try:
+                    restore.wait(layer)
+                except (CorruptionError, DeviceError) as error:
+                    found[layer] = error
+                except InterruptedError:
+                    pass  # it was not waited for
+        return found
 
     def _wait_patiently(self, restore: _core.Restore, layer: int) -> None:
         started, before = time.perf_counter(), restore.counts()
@@ -716,7 +791,7 @@ class Source:
                 "recompute": self._recompute_s,
             },
             plan="load" if not any(self._n_recomputed) or planned is None else planned.shape,
-            reason="; ".join(filter(None, [self._reason, *self.problems])),
+            reason="; ".join(filter(None, [self._reason, self._device_problem, *self.problems])),
         )
 
 
@@ -816,7 +891,7 @@ class _Meeting:
             there.update((column, layer) for layer in step.layers)
             if not is_done[index]:
                 speed = source.costs.decode_bytes_per_s(step.codec) or UNKNOWN_DECODE_BYTES_PER_S
-                decode_s = step.decoded_bytes / speed / n_threads
+                decode_s = source._cpu_bytes(step) / speed / n_threads
                 blocks.append(Block(column, step.layers, step.payload_bytes / rate, decode_s))
         return blocks, there
 
@@ -881,14 +956,14 @@ def whole_blocks(
     return result
 
 
-def _step_of(
+def _steps_of(
     entry: Entry, fd: int, segment: SegmentInfo, buffers: dict[int, KeysAndValues]
-) -> _Step | None:
-    """Return what is to be done with a block, or None where it holds nothing that is wanted."""
+) -> list[_Step]:
+    """Return what is to be done with a block: a step for each device that wants some of it."""
     end = segment.token_start + segment.n_tokens
     layers = entry.layers
     if entry.token_start >= end or any(layer not in buffers for layer in layers):
-        return None
+        return []
     stop = min(end, entry.token_start + entry.n_tokens)
     n_tokens = stop - entry.token_start
     whole = (
@@ -896,17 +971,32 @@ def _step_of(
     )
     # All that a block fills has one shape and dtype.
     row_bytes = entry.n_batch * entry.n_heads * entry.head_dim * whole[0].element_size()
-    return _Step(
-        layers=layers,
-        token_start=entry.token_start,
-        token_end=stop,
-        codec=entry.codec,
-        payload_bytes=entry.payload_bytes,
-        decoded_bytes=n_tokens * row_bytes * len(whole),
-        fd=fd,
-        entry=entry,
-        buffers=whole,
-    )
+    steps = []
+    for device in dict.fromkeys(buffer.device for buffer in whole):
+        here = [buffer.device == device for buffer in whole]
+        steps.append(
+            _Step(
+                layers=tuple(
+                    layer
+                    for layer in layers
+                    if any(
+                        is_here and x == layer
+                        for is_here, x in zip(here, entry.layer_of_view, strict=True)
+                    )
+                ),
+                token_start=entry.token_start,
+                token_end=stop,
+                codec=entry.codec,
+                payload_bytes=entry.payload_bytes,
+                decoded_bytes=n_tokens * row_bytes * sum(here),
+                fd=fd,
+                entry=entry,
+                buffers=tuple(
+                    buffer if is_here else None for buffer, is_here in zip(whole, here, strict=True)
+                ),
+            )
+        )
+    return steps
 
 
 def decode_windows(

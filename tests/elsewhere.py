@@ -71,6 +71,9 @@ class Elsewhere(torch.Tensor):
     def __dlpack__(self, **_: Any) -> Any:  # type: ignore[override]
         raise BufferError(f"a tensor on {self.device} was handed to C")
 
+    def __dlpack_device__(self) -> tuple[int, int]:  # type: ignore[override]
+        return 12, self.device.index  # kDLExtDev
+
     def data_ptr(self) -> int:
         return 0  # which torch's deepcopy takes for "no storage", and C for nothing at all
 

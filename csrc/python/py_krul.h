@@ -32,6 +32,7 @@ typedef struct py_krul_state {
     PyTypeObject *predict_type;
     PyTypeObject *memory_type;
     py_krul_mapping spare; /* what the last krul._core.Memory has let go; with the GIL */
+    krul_device_pool *devices; /* NULL until device_register */
 } py_krul_state;
 
 /* The state of the module that `module` is; for methods of types use py_krul_state_of_type. */
@@ -51,10 +52,17 @@ typedef struct py_krul_borrowed {
     Py_buffer buffer; /* in use when buffer.obj is not NULL */
 } py_krul_borrowed;
 
+/* Which arrays may be borrowed. */
+typedef enum py_krul_access {
+    PY_KRUL_INPUT = 0,
+    PY_KRUL_OUTPUT = 1,
+    PY_KRUL_OUTPUT_ANYWHERE = 2, /* on a CUDA device, too: the caller orders what it does there */
+} py_krul_access;
+
 /* Borrow an array of float32, float16 or bfloat16 with at most four dimensions, by DLPack or else by
  * the buffer protocol. Foreign code may run. `name` is the argument's name in messages. Returns 0,
  * or -1 with an exception; *out is zeroed first, so that releasing it is always right. */
-int py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is_output,
+int py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, py_krul_access access,
                    py_krul_borrowed *out);
 
 /* Give it back; with the GIL. A zeroed one is allowed, and it is zeroed again. */
@@ -78,6 +86,9 @@ extern PyMethodDef py_selector_methods[];
 extern PyMethodDef py_compressor_methods[];
 extern PyMethodDef py_store_methods[];
 extern PyMethodDef py_restore_plan_methods[];
+
+/* What krul._cuda hands over is in a capsule of this name. */
+#define PY_KRUL_TABLE_NAME "krul._cuda.table"
 
 /* Types that module exec makes. */
 extern PyType_Spec py_restore_spec;

@@ -55,8 +55,33 @@ n_processors(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(krul_pool_n_processors());
 }
 
+PyDoc_STRVAR(device_register_doc,
+             "device_register($module, table, /)\n--\n\n"
+             "Take the table of devices out of a capsule, once.");
+
+static PyObject *
+device_register(PyObject *module, PyObject *capsule)
+{
+    py_krul_state *state = py_krul_state_of(module);
+    const krul_device_ops *ops = PyCapsule_GetPointer(capsule, PY_KRUL_TABLE_NAME);
+    krul_error err;
+    if (ops == NULL) {
+        return NULL;
+    }
+    if (state->devices != NULL) {
+        PyErr_SetString(PyExc_ImportError, "a table of devices is there already");
+        return NULL;
+    }
+    if (krul_device_pool_new(ops, NULL, &state->devices, &err) != KRUL_STATUS_OK) {
+        PyErr_SetString(PyExc_ImportError, err.message);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
     {"backends", backends, METH_NOARGS, backends_doc},
+    {"device_register", device_register, METH_O, device_register_doc},
     {"n_processors", n_processors, METH_NOARGS, n_processors_doc},
     {NULL, NULL, 0, NULL},
 };

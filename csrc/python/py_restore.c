@@ -45,7 +45,8 @@ view_of(py_krul_state *state, py_restore *self, PyObject *array, PyObject *known
     }
     else if (key != NULL && !PyErr_Occurred()) {
         py_krul_borrowed *borrowed = &self->arrays[self->n_arrays];
-        if (py_krul_borrow(state, array, "a step's array", true, borrowed) == 0) {
+        if (py_krul_borrow(state, array, "a step's array", PY_KRUL_OUTPUT_ANYWHERE, borrowed) ==
+            0) {
             index = PyLong_FromSsize_t(self->n_arrays++);
             if (index != NULL && PyDict_SetItem(known, key, index) == 0) {
                 view = &borrowed->view;
@@ -168,19 +169,59 @@ parse_machine(PyObject *machine, krul_restore_machine *out)
     return is_good ? 0 : -1;
 }
 
+/* [(device number, address of a stream), ...]; *out is to be freed. */
+static int
+parse_streams(PyObject *streams, krul_device_stream **out, int32_t *n_streams)
+{
+    PyObject *items = PySequence_Tuple(streams);
+    int result = -1;
+    if (items == NULL) {
+        return -1;
+    }
+    Py_ssize_t n_items = PyTuple_GET_SIZE(items);
+    krul_device_stream *found = PyMem_Calloc((size_t)n_items + 1, sizeof *found);
+    if (found == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n_items; i++) {
+        PyObject *handle;
+        int device_id;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(items, i), "iO;a stream is (device, address)",
+                              &device_id, &handle)) {
+            goto done;
+        }
+        found[i].device_id = device_id;
+        found[i].stream = PyLong_AsVoidPtr(handle);
+        if (PyErr_Occurred()) {
+            goto done;
+        }
+    }
+    *out = found;
+    *n_streams = (int32_t)n_items;
+    found = NULL;
+    result = 0;
+done:
+    PyMem_Free(found);
+    Py_DECREF(items);
+    return result;
+}
+
 static PyObject *
 restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"steps",           "n_layers", "n_threads", "backend",
-                            "max_bytes_per_s", "machine",  NULL};
+                            "max_bytes_per_s", "machine",  "streams",   NULL};
+    PyObject *streams = Py_None;
+    krul_device_stream *first = NULL;
     PyObject *steps_in;
     PyObject *backend_name = Py_None;
     PyObject *machine = Py_None;
     int n_layers;
     krul_restore_options options = {.n_threads = 0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iOdO:Restore", names, &steps_in, &n_layers,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iOdOO:Restore", names, &steps_in, &n_layers,
                                      &options.n_threads, &backend_name, &options.max_bytes_per_s,
-                                     &machine)) {
+                                     &machine, &streams)) {
         return NULL;
     }
     py_krul_state *state = PyType_GetModuleState(type);
@@ -197,6 +238,11 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *known = PyDict_New();
     py_restore *self = (py_restore *)type->tp_alloc(type, 0);
     bool is_good = self != NULL && steps != NULL && known != NULL;
+    if (is_good && streams != Py_None) {
+        is_good = parse_streams(streams, &first, &options.n_streams) == 0;
+    }
+    options.devices = state->devices;
+    options.streams = first;
     if (is_good && machine != Py_None) {
         self->is_made_up = true;
         options.machine = &self->machine;
@@ -228,6 +274,7 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
             is_good = false;
         }
     }
+    PyMem_Free(first);
     PyMem_Free(steps);
     Py_DECREF(items);
     Py_XDECREF(known);
@@ -280,6 +327,72 @@ restore_wait(PyObject *object, PyObject *argument)
         }
     }
     status = krul_restore_wait(self->restore, (int32_t)layer, &err);
+    if (status != KRUL_STATUS_OK) {
+        return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_wait_stream_doc,
+             "wait_stream($self, layer, stream, /)\n--\n\n"
+             "Wait until a layer's blocks are enqueued on its device, and let what is enqueued on\n"
+             "the stream at this address from now on come after them.");
+
+static PyObject *
+restore_wait_stream(PyObject *object, PyObject *args)
+{
+    py_restore *self = (py_restore *)object;
+    int layer;
+    PyObject *handle;
+    if (!PyArg_ParseTuple(args, "iO:wait_stream", &layer, &handle)) {
+        return NULL;
+    }
+    void *stream = PyLong_AsVoidPtr(handle);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    krul_error err;
+    krul_status status;
+    bool is_done = false;
+    while (!is_done) {
+        Py_BEGIN_ALLOW_THREADS
+        is_done = krul_restore_wait_for(self->restore, layer, signal_check_s);
+        Py_END_ALLOW_THREADS
+        if (!is_done && PyErr_CheckSignals() != 0) {
+            return NULL;
+        }
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = krul_restore_wait_stream(self->restore, layer, stream, &err);
+    Py_END_ALLOW_THREADS
+    if (status != KRUL_STATUS_OK) {
+        return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(restore_lead_doc,
+             "lead($self, device, stream, /)\n--\n\n"
+             "Let what is enqueued on the stream at this address from now on come after all that\n"
+             "was enqueued on the device so far.");
+
+static PyObject *
+restore_lead(PyObject *object, PyObject *args)
+{
+    int device_id;
+    PyObject *handle;
+    if (!PyArg_ParseTuple(args, "iO:lead", &device_id, &handle)) {
+        return NULL;
+    }
+    void *stream = PyLong_AsVoidPtr(handle);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    krul_error err;
+    krul_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = krul_restore_lead(((py_restore *)object)->restore, device_id, stream, &err);
+    Py_END_ALLOW_THREADS
     if (status != KRUL_STATUS_OK) {
         return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
     }
@@ -499,7 +612,9 @@ restore_advance(PyObject *object, PyObject *argument)
 
 static PyMethodDef restore_methods[] = {
     {"wait", restore_wait, METH_O, restore_wait_doc},
+    {"wait_stream", restore_wait_stream, METH_VARARGS, restore_wait_stream_doc},
     {"wait_for", restore_wait_for, METH_VARARGS, restore_wait_for_doc},
+    {"lead", restore_lead, METH_VARARGS, restore_lead_doc},
     {"cancel", restore_cancel, METH_NOARGS, restore_cancel_doc},
     {"close", restore_close, METH_NOARGS, restore_close_doc},
     {"counts", restore_counts, METH_NOARGS, restore_counts_doc},
@@ -514,13 +629,14 @@ static PyMethodDef restore_methods[] = {
 
 PyDoc_STRVAR(restore_doc,
              "Restore(steps, n_layers, n_threads=0, backend=None, max_bytes_per_s=0.0, "
-             "machine=None)\n--\n\n"
+             "machine=None, streams=None)\n--\n\n"
              "Blocks on their way from files or memory into arrays, on threads of the library.\n\n"
              "Each step is ``(fd, payload or None, entry, arrays)``, then a Predict or None, and how\n"
              "many tokens it writes, from its own first, where the arrays are whole layers. Arrays\n"
              "are written in place and kept alive, files must stay open until `close`. A machine is\n"
              "``(read_bytes_per_s, read_latency_s, decode_bytes_per_s)``: one that is made up, on\n"
-             "which only a clock moves.");
+             "which only a clock moves. Arrays may be on CUDA devices: what the streams\n"
+             "``[(device, address), ...]`` were told so far comes before what is written there.");
 
 static PyType_Slot restore_slots[] = {
     {Py_tp_new, restore_new},

@@ -29,7 +29,7 @@ tensor_in_capsule(PyObject *capsule, const char *name, bool *is_read_only)
 /* The producer's capsule destructor frees the tensor as long as the capsule keeps its first name;
  * so krul keeps the capsule, does not rename it, and dropping the reference is the release. */
 static PyObject *
-ask_for_capsule(PyObject *object)
+ask_for_capsule(PyObject *object, bool is_on_cuda)
 {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (method == NULL) {
@@ -37,12 +37,18 @@ ask_for_capsule(PyObject *object)
     }
     PyObject *capsule = NULL;
     PyObject *no_arguments = PyTuple_New(0);
-    PyObject *keywords = Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR_VERSION, 0);
+    /* -1: the producer need not order anything, for that is done once for all of a restore's arrays. */
+    PyObject *keywords = is_on_cuda
+                             ? Py_BuildValue("{s:(ii),s:i}", "max_version", DLPACK_MAJOR_VERSION, 0,
+                                             "stream", -1)
+                             : Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR_VERSION, 0);
     if (no_arguments != NULL && keywords != NULL) {
         capsule = PyObject_Call(method, no_arguments, keywords);
         if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear(); /* a producer from before DLPack 1.0 */
-            capsule = PyObject_CallNoArgs(method);
+            if (PyDict_DelItemString(keywords, "max_version") == 0) {
+                capsule = PyObject_Call(method, no_arguments, keywords);
+            }
         }
     }
     Py_XDECREF(keywords);
@@ -85,11 +91,50 @@ set_shape(py_krul_state *state, const char *name, int n_dims, const int64_t *sha
     return 0;
 }
 
+/* Say which device an array is on, before it is asked for anything that it may refuse for that. */
 static int
-borrow_dlpack(py_krul_state *state, PyObject *object, const char *name, py_krul_borrowed *out)
+find_device(py_krul_state *state, PyObject *object, const char *name, py_krul_access access,
+            int *device_type)
+{
+    int device_id = 0;
+    *device_type = DLPACK_DEVICE_CPU;
+    PyObject *told = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    if (told == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+        return 0; /* the capsule tells */
+    }
+    bool is_good = PyTuple_Check(told) && PyArg_ParseTuple(told, "ii", device_type, &device_id);
+    Py_DECREF(told);
+    if (!is_good) {
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_TypeError, "%s.__dlpack_device__() gave no tuple", name);
+        }
+        return -1;
+    }
+    bool is_here = *device_type == DLPACK_DEVICE_CPU || *device_type == DLPACK_DEVICE_CUDA_HOST;
+    if (is_here || (*device_type == DLPACK_DEVICE_CUDA && access == PY_KRUL_OUTPUT_ANYWHERE)) {
+        return 0;
+    }
+    krul_error err;
+    (void)krul_fail(&err, KRUL_STATUS_DEVICE,
+                    "%s is on DLPack device (%d, %d) but must be on (1, 0), the CPU", name,
+                    *device_type, device_id);
+    return raise_error(state, &err);
+}
+
+static int
+borrow_dlpack(py_krul_state *state, PyObject *object, const char *name, py_krul_access access,
+              py_krul_borrowed *out)
 {
     krul_error err;
-    out->capsule = ask_for_capsule(object);
+    int told_type;
+    if (find_device(state, object, name, access, &told_type) != 0) {
+        return -1;
+    }
+    out->capsule = ask_for_capsule(object, told_type == DLPACK_DEVICE_CUDA);
     if (out->capsule == NULL) {
         return -1;
     }
@@ -119,6 +164,10 @@ borrow_dlpack(py_krul_state *state, PyObject *object, const char *name, py_krul_
     if (tensor->device_type == DLPACK_DEVICE_CPU ||
         tensor->device_type == DLPACK_DEVICE_CUDA_HOST) {
         out->view.device_type = KRUL_DEVICE_CPU;
+    }
+    else if (tensor->device_type == DLPACK_DEVICE_CUDA && access == PY_KRUL_OUTPUT_ANYWHERE &&
+             told_type == DLPACK_DEVICE_CUDA) {
+        out->view.device_type = KRUL_DEVICE_CUDA;
     }
     else {
         (void)krul_fail(&err, KRUL_STATUS_DEVICE,
@@ -170,7 +219,7 @@ borrow_buffer(py_krul_state *state, const char *name, py_krul_borrowed *out)
 }
 
 int
-py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is_output,
+py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, py_krul_access access,
                py_krul_borrowed *out)
 {
     memset(out, 0, sizeof *out);
@@ -185,7 +234,7 @@ py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is
     }
     else if (has_dlpack) {
         PyErr_Clear(); /* of a buffer that could not be had: bfloat16 has no format letter */
-        result = borrow_dlpack(state, object, name, out);
+        result = borrow_dlpack(state, object, name, access, out);
     }
     else {
         PyErr_Format(PyExc_TypeError,
@@ -194,8 +243,9 @@ py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, bool is
     }
     if (result == 0) {
         krul_error err;
-        krul_status status = is_output ? krul_view_check_output(&out->view, name, &err)
-                                       : krul_view_check(&out->view, name, &err);
+        krul_status status = access != PY_KRUL_INPUT
+                                 ? krul_view_check_output(&out->view, name, &err)
+                                 : krul_view_check(&out->view, name, &err);
         if (status != KRUL_STATUS_OK) {
             result = raise_error(state, &err);
         }

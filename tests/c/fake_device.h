@@ -558,6 +558,10 @@ fake_prepare(uint8_t *chunk, size_t chunk_bytes, size_t used_bytes, const krul_d
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "%zu bytes in a chunk of %zu", n_bytes,
                          chunk_bytes);
     }
+    static atomic_uint turn;
+    if (fake.max_delay_us > 0) { /* so that others do something between this and the enqueueing */
+        usleep(atomic_fetch_add(&turn, 7919) % 4 == 0 ? 2000 : 10);
+    }
     for (int32_t i = 0; i < n_blocks; i++) {
         fake_descriptor block = {.entry = *blocks[i].entry,
                                  .payload_offset = blocks[i].payload_offset,

@@ -288,14 +288,15 @@ test_large_copies(void)
 static void
 test_follows(void)
 {
-    fake.max_delay_us = 300;
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < 4; round++) {
         place at = new_place(0);
         krul_device_pool *pool = new_pool(0, 0);
         krul_restore_step steps[N_STEPS];
         krul_restore *restore = NULL;
         void *stream = new_stream(&at);
+        fake_event gate = {.n_recorded = 1};
         make_steps(steps, &at, NULL, 0);
+        fake_enqueue(stream, &(fake_work){.kind = FAKE_WAIT, .event = &gate});
         for (int32_t layer = 0; layer < N_LAYERS - 1; layer++) {
             fake_enqueue(stream,
                          &(fake_work){.kind = FAKE_WRITE,
@@ -307,6 +308,11 @@ test_follows(void)
             .n_threads = 2, .devices = pool, .streams = &first, .n_streams = 1};
         CHECK(krul_restore_start(best, steps, N_STEPS, N_LAYERS, &options, &restore, NULL) ==
               KRUL_STATUS_OK);
+        usleep(20000); /* a decoding that does not wait would be over */
+        pthread_mutex_lock(&fake_lock);
+        gate.n_reached = 1;
+        pthread_cond_broadcast(&fake_changed);
+        pthread_mutex_unlock(&fake_lock);
         krul_restore_join(restore);
         for (int32_t layer = 0; layer < N_LAYERS - 1; layer++) {
             CHECK(is_whole(&at, layer));
@@ -463,6 +469,15 @@ test_damage(void)
             CHECK(status == KRUL_STATUS_CORRUPT || is_whole(&at, layer));
         }
         CHECK(n_corrupt > 0 && strstr(err.message, "even") != NULL);
+        krul_restore_free(restore);
+
+        restore = NULL; /* with the chunks that had it */
+        make_steps(steps, &at, NULL, 0);
+        CHECK(start(steps, pool, 2, &restore) == KRUL_STATUS_OK);
+        krul_restore_join(restore);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+        }
         krul_restore_free(restore);
         krul_device_pool_free(pool);
         free_place(&at);

@@ -113,6 +113,7 @@ enum cudaError_t {
     cudaErrorInvalidDevice = 101,
     cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
+    cudaErrorUnknown = 999,
 };
 using cudaStream_t = struct CUstream_st *;
 using cudaEvent_t = struct CUevent_st *;
@@ -124,10 +125,14 @@ enum cudaMemcpyKind {
     cudaMemcpyDefault = 4,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+    int maxThreadsPerBlock;
+};
 enum {
     cudaStreamDefault = 0,
     cudaStreamNonBlocking = 1,
     cudaEventDefault = 0,
+    cudaEventBlockingSync = 1,
     cudaEventDisableTiming = 2,
     cudaHostAllocDefault = 0,
     cudaHostAllocPortable = 1,
@@ -168,6 +173,14 @@ inline const char *
 cudaGetErrorString(cudaError_t error)
 {
     return error == cudaSuccess ? "no error" : "an emulated error";
+}
+
+template <typename kernel_type>
+cudaError_t
+cudaFuncGetAttributes(cudaFuncAttributes *out, kernel_type)
+{
+    out->maxThreadsPerBlock = 1024;
+    return cudaSuccess;
 }
 
 inline cudaError_t
