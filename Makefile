@@ -26,7 +26,8 @@ endif
 # --no-compile: byte code is written on first import, for the few modules that are imported.
 INSTALL := $(PY) -m pip install --quiet --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 RUN := $(if $(filter $(VENV)/%,$(PY)),PATH="$(CURDIR)/$(VENV)/bin:$$PATH")
-C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.inc tests/c/*.[ch] tests/fuzz/*.[ch])
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.inc tests/c/*.[ch] tests/fuzz/*.[ch]) \
+           $(wildcard cuda/*.cu cuda/*.cuh tests/cuda/*.h tests/cuda/*.cpp)
 
 .PHONY: help demo test bench lint build model clean
 .DELETE_ON_ERROR:

@@ -16,8 +16,9 @@ import krul._core as core
 SKIPPED = {".git", ".venv", "build", "dist", "out", "__pycache__", ".ipynb_checkpoints"}
 SKIPPED |= {".hypothesis", ".pytest_cache", ".ruff_cache", ".mypy_cache", "krul.egg-info"}
 TEXT = {".py", ".pyi", ".c", ".h", ".inc", ".md", ".sh", ".toml", ".txt", ".yaml"}
+TEXT |= {".cu", ".cuh", ".cpp"}
 # One of each folder by their nature.
-SHARED_NAMES = {"README.md", "__init__.py", "PKG-INFO", "setup.cfg"}
+SHARED_NAMES = {"README.md", "__init__.py", "PKG-INFO", "run.sh", "setup.cfg"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_first_line_says_what_a_file_is(root, files):
         first = lines[1] if lines[0].startswith("#!") else lines[0]
         if path.name == "krul.h":
             first = lines[3]
-        if path.suffix in {".c", ".h", ".inc"}:
+        if path.suffix in {".c", ".h", ".inc", ".cu", ".cuh", ".cpp"}:
             assert re.match(rf"(/\*| \*) {re.escape(path.name)} - \S", first), path
         elif path.suffix in {".py", ".pyi"}:
             assert re.match(r'r?"""\S|# \S', first), path

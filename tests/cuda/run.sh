@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# run.sh - builds the CUDA code as C++ against an emulator and runs its tests; or compiles it for GPUs.
+#
+# Usage: tests/cuda/run.sh [-c C_COMPILER] [-s SANITIZERS] [-f FLAGS] [-o DIR] [NAME...]
+#        tests/cuda/run.sh -n [-o DIR]
+#   -n  only compile every cuda/*.cu with nvcc, for every architecture, warnings being errors; the
+#       objects are thrown away. Where there is no nvcc that is said, and nothing fails.
+#   -c  gcc, clang-19, ...; its C++ compiler is found by name. Default cc
+#   -s  a list for -fsanitize=, default none
+#   -f  more compiler and linker flags
+#   -o  where objects go, default build/cuda/<compiler>-<sanitizers>
+#   NAME  run test_NAME.cpp only; default all
+# Exit status 0 when every test passed; the last line tells how many programs did.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+compiler=cc sanitizers='' more='' out='' for_gpus=''
+while getopts c:s:f:o:n option; do
+    case $option in
+        c) compiler=$OPTARG ;;
+        s) sanitizers=$OPTARG ;;
+        f) more=$OPTARG ;;
+        o) out=$OPTARG ;;
+        n) for_gpus=1 ;;
+        *) exit 2 ;;
+    esac
+done
+shift $((OPTIND - 1))
+
+if [[ -n $for_gpus ]]; then
+    nvcc=${NVCC:-nvcc}
+    command -v "$nvcc" >/dev/null || { echo "no nvcc: the CUDA code was not compiled"; exit 0; }
+    architectures=()
+    for number in 80 86 89 90 100 120; do
+        architectures+=(-gencode "arch=compute_$number,code=sm_$number")
+    done
+    architectures+=(-gencode arch=compute_80,code=compute_80) # PTX, for what comes after
+    out=${out:-build/cuda/nvcc}
+    mkdir -p "$out"
+    printf '%s\n' cuda/*.cu | xargs -P 2 -I {} sh -c 'source=$1 out=$2; shift 2
+        "$@" -c "$source" -o "$out/$(basename "$source").o" || exit 255' sh {} "$out" \
+        "$nvcc" -std=c++17 -O3 -Icsrc -Icuda --threads 2 -Werror all-warnings \
+        -Xcompiler -Wall,-Wextra,-Werror "${architectures[@]}"
+    echo "$("$nvcc" --version | tail -n 2 | head -n 1): $(ls cuda/*.cu | wc -l) files for" \
+        "$(((${#architectures[@]} - 2) / 2)) architectures and PTX, no warning"
+    rm -f "$out"/*.cu.o
+    exit 0
+fi
+
+case $compiler in
+    cc) cxx=c++ ;;
+    *gcc*) cxx=${compiler/gcc/g++} ;;
+    *clang*) cxx=${compiler/clang/clang++} ;;
+    *) echo "no C++ compiler is known that goes with $compiler" >&2; exit 2 ;;
+esac
+out=${out:-build/cuda/$compiler-${sanitizers:-plain}}
+mkdir -p "$out"
+
+common=(-D_GNU_SOURCE -O1 -g -ffp-contract=off -pthread -Icsrc -Icuda -Itests/c -Itests/cuda
+    -Wall -Wextra -Werror)
+[[ -z $sanitizers ]] || common+=("-fsanitize=$sanitizers" -fno-omit-frame-pointer -fno-sanitize-recover=all)
+read -ra extra <<<"$more"
+common+=(${extra[@]+"${extra[@]}"})
+c_flags=(-std=c11 "${common[@]}")
+# #pragma unroll and casts that only look wrong on a CPU.
+cxx_flags=(-std=c++17 "${common[@]}" -Wno-unknown-pragmas -include tests/cuda/emulate.h)
+
+# Objects two at a time, each only when something it may include is newer.
+newest_header=$(ls -t csrc/*.h csrc/*/*.h csrc/*/*.inc tests/c/*.h tests/cuda/*.h cuda/*.cuh | head -n 1)
+objects=() pending=()
+for source in csrc/*.c csrc/kernels/*.c cuda/*.cu; do
+    [[ -e $source ]] || continue
+    object=$out/$(basename "$source").o
+    objects+=("$object")
+    if [[ ! $object -nt $source || ! $object -nt $newest_header ]]; then
+        pending+=("$source")
+    fi
+done
+compile() {
+    local source=$1 object
+    object=$out/$(basename "$source").o
+    case $source in
+        *.c) "$compiler" "${c_flags[@]}" -c "$source" -o "$object" ;;
+        *) "$cxx" "${cxx_flags[@]}" -x c++ -c "$source" -o "$object" ;;
+    esac
+}
+running=()
+for source in ${pending[@]+"${pending[@]}"}; do
+    compile "$source" &
+    running+=($!)
+    if ((${#running[@]} == 2)); then
+        wait "${running[0]}"
+        running=("${running[1]}")
+    fi
+done
+for job in ${running[@]+"${running[@]}"}; do wait "$job"; done
+
+n_passed=0 failed=()
+if (($#)); then
+    tests=("${@/#/tests/cuda/test_}") && tests=("${tests[@]/%/.cpp}")
+else
+    tests=(tests/cuda/test_*.cpp)
+fi
+for test in "${tests[@]}"; do
+    program=$out/$(basename "$test" .cpp)
+    "$cxx" "${cxx_flags[@]}" "$test" "${objects[@]}" -o "$program" -lm -ldl
+    printf '%s: ' "$(basename "$program")"
+    if ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1} "$program"; then
+        n_passed=$((n_passed + 1))
+    else
+        failed+=("$(basename "$program")")
+    fi
+done
+echo "$compiler ${sanitizers:-no sanitizer}: $n_passed programs passed, ${#failed[@]} failed ${failed[*]-}"
+((${#failed[@]} == 0))
