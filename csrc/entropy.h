@@ -96,6 +96,9 @@ typedef struct krul_entropy_columns {
     float *out; /* n_columns x n_tokens */
 } krul_entropy_columns;
 
+/* What a decoder looks up: KRUL_ENTROPY_N_SLOTS of krul_entropy_slot for each table. */
+const uint32_t *krul_entropy_tables_slots(const krul_entropy_tables *tables);
+
 /* Where the parts of a column stream lie. */
 typedef struct krul_entropy_columns_parts {
     const uint8_t *states; /* KRUL_ENTROPY_STATES_BYTES, then the words */

@@ -94,6 +94,12 @@ krul_entropy_tables_free(krul_entropy_tables *tables)
     }
 }
 
+const uint32_t *
+krul_entropy_tables_slots(const krul_entropy_tables *tables)
+{
+    return tables->slots;
+}
+
 /* The number of values, or false where it is none that a stream may hold. */
 static bool
 count_values(int64_t n_columns, int64_t n_tokens, size_t *out)
