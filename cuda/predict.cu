@@ -183,14 +183,14 @@ template <int n>
 static __device__ __forceinline__ void
 load_floats(const float *from, float (&out)[n])
 {
-    if (n % 4 == 0) {
+    if constexpr (n % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < n / 4; i++) {
-            float4 part = __ldg((const float4 *)from + i);
-            out[4 * i % n] = part.x;
-            out[(4 * i + 1) % n] = part.y;
-            out[(4 * i + 2) % n] = part.z;
-            out[(4 * i + 3) % n] = part.w;
+        for (int i = 0; i < n; i += 4) {
+            float4 part = __ldg((const float4 *)(from + i));
+            out[i] = part.x;
+            out[i + 1] = part.y;
+            out[i + 2] = part.z;
+            out[i + 3] = part.w;
         }
     }
     else {
@@ -259,20 +259,21 @@ static __device__ __forceinline__ void
 store_elements(void *data, int64_t at, const float (&values)[n])
 {
     typedef typename krul_element<dtype>::bits bits;
-    const int n_words = n * (int)sizeof(bits) / 4;
+    constexpr int n_words = n * (int)sizeof(bits) / 4;
     bits *to = (bits *)data + at;
-    if (n_words == 0) {
+    if constexpr (n_words == 0) {
         *to = krul_narrow<dtype>(values[0]);
-        return;
-    }
-    uint32_t words[n_words > 0 ? n_words : 1];
-    krul_narrow_words<dtype>(values, words);
-    if (n_words == 4) {
-        *(uint4 *)(void *)to = make_uint4(words[0], words[1 % n_words], words[2 % n_words],
-                                          words[3 % n_words]);
     }
     else {
-        *(uint32_t *)(void *)to = words[0];
+        uint32_t words[n_words];
+        krul_narrow_words<dtype>(values, words);
+        if constexpr (n_words == 4) {
+            *(uint4 *)(void *)to = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        else {
+            static_assert(n_words == 1, "16 bytes, 4 bytes or an element");
+            *(uint32_t *)(void *)to = words[0];
+        }
     }
 }
 

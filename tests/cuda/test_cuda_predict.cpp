@@ -564,8 +564,8 @@ struct machine {
             }
             const std::vector<uint8_t> &from = payload != nullptr ? *payload
                                                                   : made.payloads[layer][run];
-            std::memcpy(chunk + block.payload_offset, from.data(),
-                        std::min<size_t>(from.size(), block.entry->payload_bytes));
+            size_t n_bytes = std::min<size_t>(from.size(), block.entry->payload_bytes);
+            std::copy_n(from.begin(), n_bytes, chunk + block.payload_offset);
         }
         std::vector<krul_device_predict_batch> batches(blocks.size());
         int32_t n = -1;
