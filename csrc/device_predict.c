@@ -77,7 +77,7 @@ reserve_overflows(size_t *n_bytes, size_t count, size_t times, size_t element_by
     *at_out = *n_bytes;
     return krul_multiply_overflows(count, times, &n_elements) ||
            krul_multiply_overflows(n_elements, element_bytes, &n_more) ||
-           align_overflows(n_more, KRUL_DEVICE_ALIGNMENT, &n_more) ||
+           align_overflows(n_more, KRUL_DEVICE_MEMORY_ALIGNMENT, &n_more) ||
            krul_add_overflows(*n_bytes, n_more, n_bytes);
 }
 
@@ -392,7 +392,7 @@ krul_device_chains_new(const krul_device_profile *profile, const krul_predict_op
     if (!fits ||
         krul_multiply_overflows((size_t)made->n_rows, (size_t)profile->row_floats * sizeof(float),
                                 &made->slot_bytes) ||
-        align_overflows(made->slot_bytes, KRUL_DEVICE_ALIGNMENT, &made->slot_bytes) ||
+        align_overflows(made->slot_bytes, KRUL_DEVICE_MEMORY_ALIGNMENT, &made->slot_bytes) ||
         krul_multiply_overflows(made->slot_bytes, (size_t)profile->n_slots, &all_slots) ||
         krul_add_overflows(all_slots, made->rotations_bytes, &all_slots)) {
         status = krul_fail(err, KRUL_STATUS_BAD_SHAPE, "%lld rows of %d floats are too many",
@@ -459,7 +459,7 @@ krul_device_predict_scratch(const krul_device_chains *chains,
     const krul_device_profile_layer *layer = &chains->profile->layers[batch->layer];
     size_t rank = layer->n_sources > 0 ? (size_t)layer->rank : 0;
     return (size_t)batch->n_rows * ((size_t)batch->n_used + rank) * sizeof(float) +
-           KRUL_DEVICE_ALIGNMENT;
+           KRUL_DEVICE_MEMORY_ALIGNMENT;
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------ */

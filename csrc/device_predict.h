@@ -22,7 +22,7 @@ enum {
     /* Rows of a run are filled up to a multiple, so that a warp's stores stay within whole lines. */
     KRUL_DEVICE_ROWS_AT_ONCE = 32,
     /* Arrays begin at multiples, in bytes, as device memory itself does. */
-    KRUL_DEVICE_ALIGNMENT = 256,
+    KRUL_DEVICE_MEMORY_ALIGNMENT = 256,
 };
 
 /* One layer as the device has it. Places are bytes from the start of the profile's memory. */
@@ -168,7 +168,7 @@ const krul_device_profile *krul_device_chains_profile(const krul_device_chains *
 uint64_t krul_device_chains_slot(const krul_device_chains *chains, int32_t slot);
 
 /* ---- on a GPU, cuda/predict.cu ----------------------------------------------------------------- */
-/* Memory is the device's unless said otherwise, and must be aligned to KRUL_DEVICE_ALIGNMENT. Streams
+/* Memory is the device's unless said otherwise, and must be aligned to KRUL_DEVICE_MEMORY_ALIGNMENT. Streams
  * are cudaStream_t. Everything but making a profile only enqueues. */
 
 /* Lay a profile out and copy it to the current device; waits until that is done. */

@@ -63,7 +63,8 @@ read -ra extra <<<"$more"
 common+=(${extra[@]+"${extra[@]}"})
 c_flags=(-std=c11 "${common[@]}")
 # #pragma unroll and casts that only look wrong on a CPU.
-cxx_flags=(-std=c++17 "${common[@]}" -Wno-unknown-pragmas -include tests/cuda/emulate.h)
+cxx_flags=(-std=c++17 "${common[@]}" -Wno-unknown-pragmas -include tests/cuda/emulate.h
+    -include tests/cuda/emulate_mma.h)
 
 # Objects two at a time, each only when something it may include is newer.
 newest_header=$(ls -t csrc/*.h csrc/*/*.h csrc/*/*.inc tests/c/*.h tests/cuda/*.h cuda/*.cuh cuda/*.h | head -n 1)
