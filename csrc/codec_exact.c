@@ -9,52 +9,36 @@
 #include <string.h>
 
 #include "backend.h"
+#include "codec_exact.h"
 #include "compressor.h"
 #include "entropy.h"
 #include "internal.h"
 
-/* How a section holds its elements. Pinned: these numbers are in files. */
-typedef enum exact_mode {
-    EXACT_RAW = 0,
-    EXACT_SPLIT = 1,
-    EXACT_SPLIT_WITH_OFFSETS = 2,
-} exact_mode;
-
 enum {
-    SECTION_HEADER_BYTES = 8, /* the mode, then 56 bits of how many bytes the stream has */
     OFFSETS_ROW_BYTES = 4096, /* a head's offsets are repeated to about this, for long runs */
     SQUARES_AT_ONCE = 512,
     CHUNKS_AT_ONCE = 2,
 };
 
-/* The sizes of one section. */
-typedef struct exact_sizes {
-    size_t n_elements;
-    size_t element_bytes;
-    size_t n_offsets; /* one per batch item, head and channel */
-    size_t kept_bytes; /* n_elements * (element_bytes - 1) */
-    size_t raw_bytes; /* n_elements * element_bytes */
-} exact_sizes;
-
-static krul_status
-sizes_of(const krul_view *view, exact_sizes *out, krul_error *err)
+krul_status
+krul_exact_measure(krul_dtype dtype, const int64_t shape[KRUL_VIEW_DIMS], krul_exact_sizes *out,
+                   krul_error *err)
 {
-    out->element_bytes = krul_dtype_bytes(view->dtype);
+    out->element_bytes = krul_dtype_bytes(dtype);
     size_t n_planes, n_per_plane;
     if (out->element_bytes < 2) {
         return krul_fail(err, KRUL_STATUS_BAD_DTYPE, "dtype %d is not float32, float16 or bfloat16",
-                         (int)view->dtype);
+                         (int)dtype);
     }
-    if (krul_multiply_overflows((size_t)view->shape[0], (size_t)view->shape[1], &n_planes) ||
-        krul_multiply_overflows((size_t)view->shape[2], (size_t)view->shape[3], &n_per_plane) ||
-        krul_multiply_overflows(n_planes, (size_t)view->shape[3], &out->n_offsets) ||
+    if (krul_multiply_overflows((size_t)shape[0], (size_t)shape[1], &n_planes) ||
+        krul_multiply_overflows((size_t)shape[2], (size_t)shape[3], &n_per_plane) ||
+        krul_multiply_overflows(n_planes, (size_t)shape[3], &out->n_offsets) ||
         krul_multiply_overflows(n_planes, n_per_plane, &out->n_elements) ||
         krul_multiply_overflows(out->n_elements, out->element_bytes, &out->raw_bytes) ||
         out->raw_bytes > SIZE_MAX / 4) {
-        return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
-                         "block of (%lld, %lld, %lld, %lld) elements is too large",
-                         (long long)view->shape[0], (long long)view->shape[1],
-                         (long long)view->shape[2], (long long)view->shape[3]);
+        return krul_fail(
+            err, KRUL_STATUS_BAD_SHAPE, "block of (%lld, %lld, %lld, %lld) elements is too large",
+            (long long)shape[0], (long long)shape[1], (long long)shape[2], (long long)shape[3]);
     }
     out->kept_bytes = out->raw_bytes - out->n_elements;
     return KRUL_STATUS_OK;
@@ -65,12 +49,13 @@ exact_bound(const krul_codec_block *block, size_t *n_bytes_out, krul_error *err)
 {
     size_t n_bytes = 0;
     for (int i = 0; i < block->n_views; i++) {
-        exact_sizes sizes = {0};
-        krul_status status = sizes_of(&block->views[i], &sizes, err);
+        krul_exact_sizes sizes = {0};
+        krul_status status = krul_exact_measure(block->views[i].dtype, block->views[i].shape,
+                                                &sizes, err);
         if (status != KRUL_STATUS_OK) {
             return status;
         }
-        n_bytes += SECTION_HEADER_BYTES + sizes.raw_bytes;
+        n_bytes += KRUL_EXACT_HEADER_BYTES + sizes.raw_bytes;
     }
     *n_bytes_out = n_bytes;
     return KRUL_STATUS_OK;
@@ -172,20 +157,20 @@ subtract_offsets(uint8_t *coded, const uint8_t *offsets, size_t n_tokens, size_t
 }
 
 static void
-section_header_write(exact_mode mode, size_t stream_bytes, uint8_t *out)
+section_header_write(krul_exact_mode mode, size_t stream_bytes, uint8_t *out)
 {
     krul_store_u64(out, (uint64_t)stream_bytes << 8 | (uint64_t)mode);
 }
 
 /* Write the section split, if that is smaller than raw; else *n_bytes_out is 0. */
 static krul_status
-encode_split(const krul_backend *backend, const krul_view *view, const exact_sizes *sizes,
+encode_split(const krul_backend *backend, const krul_view *view, const krul_exact_sizes *sizes,
              uint8_t *out, size_t *n_bytes_out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     size_t n_elements = sizes->n_elements, n_offsets = sizes->n_offsets;
     size_t n_tokens = (size_t)view->shape[2], head_dim = (size_t)view->shape[3];
-    uint8_t *kept = out + SECTION_HEADER_BYTES;
+    uint8_t *kept = out + KRUL_EXACT_HEADER_BYTES;
     *n_bytes_out = 0;
     uint8_t *coded = malloc(2 * n_elements + n_offsets);
     if (coded == NULL) {
@@ -223,9 +208,9 @@ encode_split(const krul_backend *backend, const krul_view *view, const exact_siz
         if (has_offsets) {
             memcpy(kept + sizes->kept_bytes, offsets, n_offsets);
         }
-        section_header_write(has_offsets ? EXACT_SPLIT_WITH_OFFSETS : EXACT_SPLIT, stream_bytes,
-                             out);
-        *n_bytes_out = SECTION_HEADER_BYTES + sizes->kept_bytes + overhead_bytes + stream_bytes;
+        section_header_write(has_offsets ? KRUL_EXACT_SPLIT_WITH_OFFSETS : KRUL_EXACT_SPLIT,
+                             stream_bytes, out);
+        *n_bytes_out = KRUL_EXACT_HEADER_BYTES + sizes->kept_bytes + overhead_bytes + stream_bytes;
     }
 done:
     free(coded);
@@ -249,16 +234,16 @@ exact_encode(const krul_codec_block *block, uint8_t *payload_out, size_t capacit
     for (int i = 0; i < block->n_views; i++) {
         const krul_view *view = &block->views[i];
         uint8_t *out = payload_out + n_bytes;
-        exact_sizes sizes;
+        krul_exact_sizes sizes;
         size_t section_bytes = 0;
-        KRUL_TRY(sizes_of(view, &sizes, err));
+        KRUL_TRY(krul_exact_measure(view->dtype, view->shape, &sizes, err));
         add_energy(block->backend, view, (int64_t)sizes.n_elements, sums);
         if (sizes.n_elements > KRUL_ENTROPY_STATES_BYTES) {
             KRUL_TRY(encode_split(block->backend, view, &sizes, out, &section_bytes, err));
         }
         if (section_bytes == 0) {
-            section_header_write(EXACT_RAW, 0, out);
-            section_bytes = SECTION_HEADER_BYTES;
+            section_header_write(KRUL_EXACT_RAW, 0, out);
+            section_bytes = KRUL_EXACT_HEADER_BYTES;
             for (int64_t at = 0; at < (int64_t)sizes.n_elements;) {
                 exact_run run = run_at(view, at, (int64_t)sizes.n_elements - at);
                 size_t run_bytes = (size_t)run.n_elements * sizes.element_bytes;
@@ -279,42 +264,32 @@ done:
 
 /* ---- decoding ---- */
 
-/* A section whose lengths are known to lie inside the payload. */
-typedef struct exact_section {
-    exact_mode mode;
-    const uint8_t *kept; /* or the elements, when raw */
-    const uint8_t *offsets;
-    const uint8_t *stream;
-    size_t stream_bytes;
-    size_t n_bytes; /* of all, header included */
-} exact_section;
-
-static krul_status
-section_read(const uint8_t *payload, size_t payload_bytes, const exact_sizes *sizes,
-             exact_section *out, krul_error *err)
+krul_status
+krul_exact_read_section(const uint8_t *payload, size_t payload_bytes, const krul_exact_sizes *sizes,
+                        krul_exact_section *out, krul_error *err)
 {
-    if (payload_bytes < SECTION_HEADER_BYTES) {
+    if (payload_bytes < KRUL_EXACT_HEADER_BYTES) {
         return krul_fail(err, KRUL_STATUS_CORRUPT, "exact block ends %zu bytes into a section",
                          payload_bytes);
     }
     uint64_t header = krul_load_u64(payload);
     int mode = (int)(header & 0xff);
     uint64_t stream_bytes = header >> 8;
-    if (mode > EXACT_SPLIT_WITH_OFFSETS || (mode == EXACT_RAW && stream_bytes != 0)) {
+    if (mode > KRUL_EXACT_SPLIT_WITH_OFFSETS || (mode == KRUL_EXACT_RAW && stream_bytes != 0)) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
                          "exact block has a section of mode %d with a stream of %llu bytes", mode,
                          (unsigned long long)stream_bytes);
     }
-    size_t n_offsets = mode == EXACT_SPLIT_WITH_OFFSETS ? sizes->n_offsets : 0;
-    size_t fixed_bytes = SECTION_HEADER_BYTES + n_offsets +
-                         (mode == EXACT_RAW ? sizes->raw_bytes : sizes->kept_bytes);
+    size_t n_offsets = mode == KRUL_EXACT_SPLIT_WITH_OFFSETS ? sizes->n_offsets : 0;
+    size_t fixed_bytes = KRUL_EXACT_HEADER_BYTES + n_offsets +
+                         (mode == KRUL_EXACT_RAW ? sizes->raw_bytes : sizes->kept_bytes);
     if (payload_bytes < fixed_bytes || stream_bytes > payload_bytes - fixed_bytes) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
                          "exact block has %zu bytes left for a section of %zu and a stream of %llu",
                          payload_bytes, fixed_bytes, (unsigned long long)stream_bytes);
     }
-    out->mode = (exact_mode)mode;
-    out->kept = payload + SECTION_HEADER_BYTES;
+    out->mode = (krul_exact_mode)mode;
+    out->kept = payload + KRUL_EXACT_HEADER_BYTES;
     out->offsets = out->kept + sizes->kept_bytes;
     out->stream = payload + fixed_bytes;
     out->stream_bytes = (size_t)stream_bytes;
@@ -323,7 +298,7 @@ section_read(const uint8_t *payload, size_t payload_bytes, const exact_sizes *si
 }
 
 static void
-decode_raw(const krul_view *view, const exact_sizes *sizes, const uint8_t *elements)
+decode_raw(const krul_view *view, const krul_exact_sizes *sizes, const uint8_t *elements)
 {
     for (int64_t at = 0; at < (int64_t)sizes->n_elements;) {
         exact_run run = run_at(view, at, (int64_t)sizes->n_elements - at);
@@ -334,8 +309,8 @@ decode_raw(const krul_view *view, const exact_sizes *sizes, const uint8_t *eleme
 }
 
 static krul_status
-decode_split(const krul_backend *backend, const krul_view *view, const exact_sizes *sizes,
-             const exact_section *section, krul_error *err)
+decode_split(const krul_backend *backend, const krul_view *view, const krul_exact_sizes *sizes,
+             const krul_exact_section *section, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     krul_entropy_reader reader;
@@ -368,7 +343,7 @@ decode_split(const krul_backend *backend, const krul_view *view, const exact_siz
         size_t n_now = n_elements - at < at_once ? n_elements - at : at_once;
         for (size_t done_now = 0; done_now < n_now;) {
             exact_run run = run_at(view, (int64_t)at, (int64_t)(n_now - done_now));
-            if (run.plane != plane && section->mode == EXACT_SPLIT_WITH_OFFSETS) {
+            if (run.plane != plane && section->mode == KRUL_EXACT_SPLIT_WITH_OFFSETS) {
                 const uint8_t *row = section->offsets + (size_t)run.plane * head_dim;
                 for (size_t i = 0; i < n_repeats; i++) {
                     memcpy(offsets + i * head_dim, row, head_dim);
@@ -397,12 +372,12 @@ exact_decode(const krul_codec_block *block, const uint8_t *payload, size_t paylo
     krul_status status = KRUL_STATUS_OK;
     for (int i = 0; i < block->n_views; i++) {
         const krul_view *view = &block->views[i];
-        exact_sizes sizes;
-        exact_section section;
-        KRUL_TRY(sizes_of(view, &sizes, err));
-        KRUL_TRY(section_read(payload, payload_bytes, &sizes, &section, err));
+        krul_exact_sizes sizes;
+        krul_exact_section section;
+        KRUL_TRY(krul_exact_measure(view->dtype, view->shape, &sizes, err));
+        KRUL_TRY(krul_exact_read_section(payload, payload_bytes, &sizes, &section, err));
         if (view->data != NULL) {
-            if (section.mode == EXACT_RAW) {
+            if (section.mode == KRUL_EXACT_RAW) {
                 decode_raw(view, &sizes, section.kept);
             }
             else {

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "backend.h"
-#include "codec_int.h"
+#include "codec_share.h"
 #include "compressor.h"
 #include "dtype.h"
 #include "internal.h"
@@ -20,24 +20,6 @@ static const double upper_weight = 0.6;
 static const double smallest_sine = 1e-3;
 
 enum { KEPT_PERCENT = 5 };
-
-/* Where the parts stand. */
-typedef struct share_layout {
-    int bits; /* of a direction's codes; 0 where directions are in the block's dtype */
-    size_t element_bytes;
-    size_t magnitude_bytes;
-    size_t n_planes;
-    size_t n_tokens;
-    size_t head_dim;
-    size_t n_kept;
-    size_t n_merged;
-    size_t kept_offset[2];
-    size_t magnitudes_offset[2];
-    size_t directions_offset;
-    krul_int_layout codes; /* of one plane, when bits is not 0 */
-    size_t direction_plane_bytes;
-    size_t n_bytes;
-} share_layout;
 
 /* Take n_items of item_bytes from the running offset; false when it overflows. */
 static bool
@@ -48,18 +30,17 @@ take(size_t n_items, size_t item_bytes, size_t *offset)
            !krul_add_overflows(*offset, bytes, offset);
 }
 
-static krul_status
-measure(const krul_codec_block *block, int bits, share_layout *out, krul_error *err)
+krul_status
+krul_share_measure(krul_dtype dtype, const int64_t shape[KRUL_VIEW_DIMS], int bits,
+                   krul_share_layout *out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
-    const krul_view *view = &block->views[0];
-    const int64_t *shape = view->shape;
     size_t offset = 0, rows_kept = 0, rows_merged = 0, row_bytes = 0;
     bool fits = true;
     memset(out, 0, sizeof *out);
     out->bits = bits;
-    out->element_bytes = krul_dtype_bytes(view->dtype);
-    out->magnitude_bytes = view->dtype == KRUL_DTYPE_BF16 ? 2 : 4;
+    out->element_bytes = krul_dtype_bytes(dtype);
+    out->magnitude_bytes = dtype == KRUL_DTYPE_BF16 ? 2 : 4;
     out->n_tokens = (size_t)shape[2];
     out->head_dim = (size_t)shape[3];
     out->n_kept = out->n_tokens / 100 * KEPT_PERCENT + out->n_tokens % 100 * KEPT_PERCENT / 100;
@@ -112,7 +93,7 @@ typedef struct share_scratch {
 } share_scratch;
 
 static krul_status
-scratch_init(const share_layout *layout, share_scratch *out, krul_error *err)
+scratch_init(const krul_share_layout *layout, share_scratch *out, krul_error *err)
 {
     size_t bytes = 0;
     bool fits = take(layout->n_tokens, sizeof(double), &bytes) &&
@@ -154,7 +135,7 @@ row_of(const krul_view *view, int64_t batch, int64_t head, size_t token)
  * the difference and the sum of the unit vectors, which stays accurate near 0 and near pi; a zero
  * vector has no direction of its own and counts as angle 0, because any direction restores it. */
 static bool
-compare_token(const krul_codec_block *block, const share_layout *layout, int64_t batch,
+compare_token(const krul_codec_block *block, const krul_share_layout *layout, int64_t batch,
               int64_t head, size_t token, const share_scratch *scratch, share_token *out)
 {
     const krul_backend *backend = block->backend;
@@ -183,8 +164,8 @@ compare_token(const krul_codec_block *block, const share_layout *layout, int64_t
 
 /* The direction between the unit vectors in scratch. */
 static void
-merge_token(const krul_codec_block *block, const share_layout *layout, const share_token *token,
-            const share_scratch *scratch)
+merge_token(const krul_codec_block *block, const krul_share_layout *layout,
+            const share_token *token, const share_scratch *scratch)
 {
     int64_t head_dim = (int64_t)layout->head_dim;
     double sine = sin(token->angle);
@@ -216,7 +197,7 @@ merge_token(const krul_codec_block *block, const share_layout *layout, const sha
 
 /* Sum the angles of every token over batch and heads. */
 static bool
-sum_angles(const krul_codec_block *block, const share_layout *layout, share_scratch *scratch)
+sum_angles(const krul_codec_block *block, const krul_share_layout *layout, share_scratch *scratch)
 {
     const int64_t *shape = block->views[0].shape;
     for (int64_t batch = 0; batch < shape[0]; batch++) {
@@ -252,7 +233,7 @@ compare_ranked(const void *left, const void *right)
 
 /* Mark the n_kept tokens with the largest angles, the first ones of equals, and write where. */
 static krul_status
-choose_kept(const share_layout *layout, share_scratch *scratch, uint8_t *positions_out,
+choose_kept(const krul_share_layout *layout, share_scratch *scratch, uint8_t *positions_out,
             krul_error *err)
 {
     ranked_token *ranked = calloc(layout->n_tokens + 1, sizeof *ranked);
@@ -278,7 +259,7 @@ choose_kept(const share_layout *layout, share_scratch *scratch, uint8_t *positio
 }
 
 static krul_plane
-row_plane(const krul_codec_block *block, const share_layout *layout, krul_dtype dtype)
+row_plane(const krul_codec_block *block, const krul_share_layout *layout, krul_dtype dtype)
 {
     return (krul_plane){
         .dtype = dtype,
@@ -294,9 +275,9 @@ row_plane(const krul_codec_block *block, const share_layout *layout, krul_dtype 
 /* Write what one merged token needs; `index` counts merged tokens of a plane. False when the
  * restored values would not be finite. */
 static bool
-write_token(const krul_codec_block *block, const share_layout *layout, const share_token *token,
-            const share_scratch *scratch, size_t plane, size_t index, uint8_t *payload_out,
-            double error_out[2])
+write_token(const krul_codec_block *block, const krul_share_layout *layout,
+            const share_token *token, const share_scratch *scratch, size_t plane, size_t index,
+            uint8_t *payload_out, double error_out[2])
 {
     const krul_backend *backend = block->backend;
     krul_dtype dtype = block->views[0].dtype;
@@ -357,9 +338,9 @@ write_token(const krul_codec_block *block, const share_layout *layout, const sha
 }
 
 static void
-keep_token(const krul_codec_block *block, const share_layout *layout, const share_scratch *scratch,
-           int64_t batch, int64_t head, size_t token, size_t row, uint8_t *payload_out,
-           double error_out[2])
+keep_token(const krul_codec_block *block, const krul_share_layout *layout,
+           const share_scratch *scratch, int64_t batch, int64_t head, size_t token, size_t row,
+           uint8_t *payload_out, double error_out[2])
 {
     size_t row_bytes = layout->head_dim * layout->element_bytes;
     for (int i = 0; i < 2; i++) {
@@ -376,11 +357,11 @@ encode(const krul_codec_block *block, int bits, uint8_t *payload_out, size_t *n_
 {
     krul_status status = KRUL_STATUS_OK;
     const int64_t *shape = block->views[0].shape;
-    share_layout layout;
+    krul_share_layout layout;
     share_scratch scratch = {.memory = NULL};
     size_t plane = 0;
     bool fits = true;
-    KRUL_TRY(measure(block, bits, &layout, err));
+    KRUL_TRY(krul_share_measure(block->views[0].dtype, block->views[0].shape, bits, &layout, err));
     *n_bytes_out = layout.n_bytes;
     *fits_out = true;
     if (layout.n_planes == 0 || layout.n_tokens == 0) {
@@ -418,18 +399,13 @@ done:
 
 /* ---- decoding -------------------------------------------------------------------------------- */
 
-static krul_status
-check_payload(const share_layout *layout, const char *name, const uint8_t *payload,
-              size_t payload_bytes, krul_error *err)
+krul_status
+krul_share_check_positions(const krul_share_layout *layout, const char *name,
+                           const uint8_t *positions, krul_error *err)
 {
     int64_t previous = -1;
-    if (payload_bytes != layout->n_bytes) {
-        return krul_fail(err, KRUL_STATUS_CORRUPT,
-                         "payload of codec '%s' has %zu bytes but the block's shape needs %zu",
-                         name, payload_bytes, layout->n_bytes);
-    }
     for (size_t i = 0; i < layout->n_kept; i++) {
-        int64_t position = krul_load_u32(payload + i * sizeof(uint32_t));
+        int64_t position = krul_load_u32(positions + i * sizeof(uint32_t));
         if (position <= previous || position >= (int64_t)layout->n_tokens) {
             return krul_fail(err, KRUL_STATUS_CORRUPT,
                              "payload of codec '%s' keeps token %lld after token %lld of %zu", name,
@@ -437,6 +413,20 @@ check_payload(const share_layout *layout, const char *name, const uint8_t *paylo
         }
         previous = position;
     }
+    return KRUL_STATUS_OK;
+}
+
+static krul_status
+check_payload(const krul_share_layout *layout, const char *name, const uint8_t *payload,
+              size_t payload_bytes, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (payload_bytes != layout->n_bytes) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "payload of codec '%s' has %zu bytes but the block's shape needs %zu",
+                         name, payload_bytes, layout->n_bytes);
+    }
+    KRUL_TRY(krul_share_check_positions(layout, name, payload, err));
     for (size_t plane = 0; layout->bits != 0 && plane < layout->n_planes; plane++) {
         const uint8_t *codes = payload + layout->directions_offset +
                                plane * layout->direction_plane_bytes;
@@ -447,12 +437,13 @@ check_payload(const share_layout *layout, const char *name, const uint8_t *paylo
                              name, plane);
         }
     }
-    return KRUL_STATUS_OK;
+done:
+    return status;
 }
 
 /* Restore n_tokens merged tokens of one plane that follow one another, from the index-th. */
 static void
-restore_run(const krul_backend *backend, const share_layout *layout, krul_plane *run,
+restore_run(const krul_backend *backend, const krul_share_layout *layout, krul_plane *run,
             const uint8_t *directions, const uint8_t *magnitudes, size_t index, size_t n_tokens,
             uint8_t *out)
 {
@@ -476,8 +467,8 @@ restore_run(const krul_backend *backend, const share_layout *layout, krul_plane 
 /* Restore one plane of both layers, run by run, so that a run's directions are read from memory
  * once and from the cache the second time. */
 static void
-restore_plane(const krul_codec_block *block, const share_layout *layout, const uint8_t *payload,
-              size_t plane, int64_t batch, int64_t head)
+restore_plane(const krul_codec_block *block, const krul_share_layout *layout,
+              const uint8_t *payload, size_t plane, int64_t batch, int64_t head)
 {
     size_t row_bytes = layout->head_dim * layout->element_bytes;
     const uint8_t *directions = payload + layout->directions_offset +
@@ -520,9 +511,9 @@ decode(const krul_codec_block *block, int bits, const char *name, const uint8_t 
 {
     krul_status status = KRUL_STATUS_OK;
     const int64_t *shape = block->views[0].shape;
-    share_layout layout;
+    krul_share_layout layout;
     size_t plane = 0;
-    KRUL_TRY(measure(block, bits, &layout, err));
+    KRUL_TRY(krul_share_measure(block->views[0].dtype, block->views[0].shape, bits, &layout, err));
     KRUL_TRY(check_payload(&layout, name, payload, payload_bytes, err));
     for (int64_t batch = 0; batch < shape[0]; batch++) {
         for (int64_t head = 0; head < shape[1]; head++) {
@@ -541,8 +532,8 @@ static krul_status
 bound_of(const krul_codec_block *block, int bits, size_t *n_bytes_out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
-    share_layout layout;
-    KRUL_TRY(measure(block, bits, &layout, err));
+    krul_share_layout layout;
+    KRUL_TRY(krul_share_measure(block->views[0].dtype, block->views[0].shape, bits, &layout, err));
     *n_bytes_out = layout.n_bytes;
 done:
     return status;

@@ -405,14 +405,13 @@ static krul_status
 reader_init_coded(krul_entropy_reader *reader, size_t table_bytes, const uint8_t *bytes,
                   size_t n_bytes, krul_error *err)
 {
-    krul_entropy_table table;
     if (table_bytes > n_bytes || reader->n_chunks > (n_bytes - table_bytes) / 4) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
                          "entropy stream has %zu bytes after its header, too few for a table of "
                          "%zu and %zu chunks",
                          n_bytes, table_bytes, reader->n_chunks);
     }
-    krul_status status = table_read(bytes, table_bytes, &table, err);
+    krul_status status = table_read(bytes, table_bytes, &reader->table, err);
     if (status != KRUL_STATUS_OK) {
         return status;
     }
@@ -433,7 +432,7 @@ reader_init_coded(krul_entropy_reader *reader, size_t table_bytes, const uint8_t
     }
     uint32_t *slot = reader->slots;
     for (uint32_t symbol = 0; symbol < N_SYMBOLS; symbol++) {
-        uint32_t frequency = table.frequency[symbol];
+        uint32_t frequency = reader->table.frequency[symbol];
         for (uint32_t offset = 0; offset < frequency; offset++) {
             *slot++ = krul_entropy_slot(frequency, offset, symbol);
         }

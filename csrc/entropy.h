@@ -124,6 +124,7 @@ typedef struct krul_entropy_reader {
     size_t n_chunks; /* raw and constant streams are cut alike, to look the same */
     const uint8_t *directory; /* coded: where each chunk ends */
     const uint8_t *bytes; /* coded: the chunks; raw, constant: the symbols */
+    krul_entropy_table table; /* coded */
     uint32_t slots[KRUL_ENTROPY_N_SLOTS];
 } krul_entropy_reader;
 
