@@ -8,7 +8,6 @@
 #include <string.h>
 
 #include "codec_predict.h"
-#include "device_decode.h"
 #include "device_predict.h"
 #include "entropy.h"
 #include "internal.h"
@@ -489,9 +488,10 @@ check_block(const krul_device_chains *chains, const krul_device_block *block, ch
     const krul_store_entry *entry = block->entry;
     const krul_device_profile *profile = chains->profile;
     int32_t index = entry->layer_lower;
-    if (entry->codec != KRUL_CODEC_PREDICT || entry->kv != KRUL_KV_BOTH) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "a block is of codec %d but must be of %d",
-                         (int)entry->codec, (int)KRUL_CODEC_PREDICT);
+    if (entry->codec != KRUL_CODEC_PREDICT || entry->kv != KRUL_KV_BOTH || block->is_decoded) {
+        return krul_fail(
+            err, KRUL_STATUS_BAD_VALUE, "a block is %s of codec %d but must be coded, of %d",
+            block->is_decoded ? "decoded" : "coded", (int)entry->codec, (int)KRUL_CODEC_PREDICT);
     }
     if (index < 0 || index >= profile->n_layers || profile->layers[index].n_heads == 0) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE,
@@ -756,11 +756,11 @@ krul_status
 krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t chunk_bytes,
                             size_t used_bytes, const krul_device_block *blocks, int32_t n_blocks,
                             krul_device_predict_batch *batches_out, int32_t *n_batches_out,
-                            size_t *used_bytes_out, krul_error *err)
+                            size_t *used_bytes_out, int32_t *bad_block_out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     size_t units_at, bytes_at, end;
-    int32_t n_batches = 0;
+    int32_t n_batches = 0, at_work = -1;
     const krul_device_profile *profile = chains->profile;
     if (n_blocks < 0 || used_bytes > chunk_bytes ||
         align_overflows(used_bytes, UNIT_ALIGNMENT, &units_at) ||
@@ -779,6 +779,7 @@ krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t c
         float step = 0;
         int32_t n_used = 0;
         const krul_store_entry *entry = blocks[i].entry;
+        at_work = i;
         KRUL_TRY(check_block(chains, &blocks[i], &run, err));
         size_t width = (size_t)profile->layers[entry->layer_lower].width;
         if (krul_add_overflows(bytes_at, width + (size_t)run->n_rows, &end) || end > chunk_bytes) {
@@ -820,6 +821,9 @@ krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t c
     *n_batches_out = n_batches;
     *used_bytes_out = bytes_at;
 done:
+    if (status != KRUL_STATUS_OK && bad_block_out != NULL) {
+        *bad_block_out = at_work;
+    }
     end_call(chains, status == KRUL_STATUS_OK);
     return status;
 }

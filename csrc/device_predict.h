@@ -9,13 +9,13 @@
 #ifndef KRUL_DEVICE_PREDICT_H
 #define KRUL_DEVICE_PREDICT_H
 
+#include "device_decode.h"
 #include "krul.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-struct krul_device_block; /* device_decode.h */
 struct krul_cublas; /* cublas.h */
 
 enum {
@@ -143,19 +143,20 @@ typedef struct krul_device_predict_batch {
 } krul_device_predict_batch;
 
 /* Most bytes that preparing these blocks writes behind them. */
-size_t krul_device_predict_bound(const struct krul_device_block *blocks, int32_t n_blocks);
+size_t krul_device_predict_bound(const krul_device_block *blocks, int32_t n_blocks);
 
 /* Check the payloads and write units, classes and shifts into the chunk, from used_bytes on. Blocks
  * stand layer by layer, within one by token; every source must have been prepared before, in this
  * call or an earlier one, and the work of all calls must be enqueued in their order. Fails as a
  * whole: then nothing counts as prepared. Views may hold a block's first tokens only. batches_out
- * holds n_blocks. A damaged payload is KRUL_STATUS_CORRUPT, and the message says which. */
+ * holds n_blocks. A damaged payload is KRUL_STATUS_CORRUPT; bad_block_out (NULL allowed) then says
+ * where, as it does for any other failure of one block. */
 krul_status krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk,
                                         size_t chunk_bytes, size_t used_bytes,
-                                        const struct krul_device_block *blocks, int32_t n_blocks,
+                                        const krul_device_block *blocks, int32_t n_blocks,
                                         krul_device_predict_batch *batches_out,
                                         int32_t *n_batches_out, size_t *used_bytes_out,
-                                        krul_error *err) KRUL_MUST_CHECK;
+                                        int32_t *bad_block_out, krul_error *err) KRUL_MUST_CHECK;
 
 /* Bytes of scratch that decoding a batch takes: its numbers, and the product of low rank. Nothing
  * of it is needed once the batch is decoded. */

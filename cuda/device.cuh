@@ -59,6 +59,24 @@ krul_widen_f16(uint32_t bits)
 
 #endif /* KRUL_EMULATE */
 
+/* ---- errors ---------------------------------------------------------------------------------- */
+
+/* What a call of the runtime answered, as a status; `call` is for the message. */
+static inline krul_status
+krul_cuda_check(cudaError_t code, const char *call, krul_error *err)
+{
+    if (code == cudaSuccess) {
+        return KRUL_STATUS_OK;
+    }
+    krul_status status = krul_fail(
+        err, code == cudaErrorMemoryAllocation ? KRUL_STATUS_NO_MEMORY : KRUL_STATUS_DEVICE,
+        "%s failed: %s: %s", call, cudaGetErrorName(code), cudaGetErrorString(code));
+    if (err != NULL) {
+        err->code = (int)code;
+    }
+    return status;
+}
+
 /* ---- numbers --------------------------------------------------------------------------------- */
 
 /* The dtypes as types, for templates: how they lie in memory. */

@@ -739,20 +739,6 @@ __launch_bounds__(ADD_THREADS)
 
 /* ---- on the host ------------------------------------------------------------------------------- */
 
-static krul_status
-check_call(cudaError_t code, const char *call, krul_error *err)
-{
-    if (code == cudaSuccess) {
-        return KRUL_STATUS_OK;
-    }
-    krul_status status = krul_fail(err, KRUL_STATUS_DEVICE, "%s failed: %s: %s", call,
-                                   cudaGetErrorName(code), cudaGetErrorString(code));
-    if (err != NULL) {
-        err->code = (int)code;
-    }
-    return status;
-}
-
 typedef void compare_kernel(observe_arguments arguments);
 
 static unsigned
@@ -773,7 +759,7 @@ observe_group(const observe_arguments &arguments, const device_sums &sums, void 
     compare_kernel *compare = group.n_key_groups == 4   ? compare_rows<4>
                               : group.n_key_groups == 2 ? compare_rows<2>
                                                         : compare_rows<1>;
-    krul_status status = check_call(
+    krul_status status = krul_cuda_check(
         cudaFuncSetAttribute(compare, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)group.shared_bytes),
         "cudaFuncSetAttribute", err);
@@ -785,7 +771,7 @@ observe_group(const observe_arguments &arguments, const device_sums &sums, void 
     int64_t n_numbers = (int64_t)group.n_members * (group.n_members + 2 + arguments.n_seen);
     KRUL_LAUNCH(add_sums, dim3(blocks_of(n_numbers)), dim3(ADD_THREADS), 0, stream, arguments,
                 sums);
-    return check_call(cudaGetLastError(), "observing attention", err);
+    return krul_cuda_check(cudaGetLastError(), "observing attention", err);
 }
 
 extern "C" krul_status
@@ -793,9 +779,10 @@ krul_cuda_estimator_observe(const krul_device_observation *observation, const ui
                             uint8_t *workspace, krul_estimator_sums *sums, void *stream,
                             krul_error *err)
 {
-    krul_status status = check_call(cudaMemcpyAsync(workspace, image, observation->image_bytes,
-                                                    cudaMemcpyHostToDevice, (cudaStream_t)stream),
-                                    "cudaMemcpyAsync", err);
+    krul_status status = krul_cuda_check(cudaMemcpyAsync(workspace, image, observation->image_bytes,
+                                                         cudaMemcpyHostToDevice,
+                                                         (cudaStream_t)stream),
+                                         "cudaMemcpyAsync", err);
     device_sums out = {};
     out.distances = sums->distances;
     out.importance = sums->importance;
@@ -824,7 +811,7 @@ krul_cuda_estimator_observe(const krul_device_observation *observation, const ui
         KRUL_LAUNCH(mark_unknown, dim3(blocks_of(n_pairs)), dim3(ADD_THREADS), 0, stream,
                     (const int32_t *)(const void *)(workspace + observation->classes_at),
                     observation->n_layers, out.distances);
-        status = check_call(cudaGetLastError(), "mark_unknown", err);
+        status = krul_cuda_check(cudaGetLastError(), "mark_unknown", err);
     }
     if (status == KRUL_STATUS_OK) {
         *sums->n_rows += observation->weight * observation->n_real_rows;

@@ -18,7 +18,6 @@
 
 #include "cublas.h"
 #include "device.cuh"
-#include "device_decode.h"
 #include "device_predict.h"
 #include "entropy.h"
 
@@ -340,25 +339,6 @@ choose_store(krul_dtype dtype, int32_t n)
 /* ---- on the host ------------------------------------------------------------------------------- */
 
 static krul_status
-fail_call(cudaError_t code, const char *call, krul_error *err)
-{
-    krul_status status = krul_fail(
-        err, code == cudaErrorMemoryAllocation ? KRUL_STATUS_NO_MEMORY : KRUL_STATUS_DEVICE,
-        "%s failed: %s: %s", call, cudaGetErrorName(code), cudaGetErrorString(code));
-    if (err != NULL) {
-        err->code = (int)code;
-    }
-    return status;
-}
-
-static krul_status
-check_launch(const char *kernel, krul_error *err)
-{
-    cudaError_t code = cudaGetLastError();
-    return code == cudaSuccess ? KRUL_STATUS_OK : fail_call(code, kernel, err);
-}
-
-static krul_status
 copy_array(const krul_device_copy *copy, uint8_t *memory, void *stream, krul_error *err)
 {
     if (copy->n_bytes == 0) {
@@ -366,7 +346,7 @@ copy_array(const krul_device_copy *copy, uint8_t *memory, void *stream, krul_err
     }
     cudaError_t code = cudaMemcpyAsync(memory + copy->to, copy->from, copy->n_bytes,
                                        cudaMemcpyHostToDevice, (cudaStream_t)stream);
-    return code == cudaSuccess ? KRUL_STATUS_OK : fail_call(code, "cudaMemcpyAsync", err);
+    return krul_cuda_check(code, "cudaMemcpyAsync", err);
 }
 
 extern "C" krul_status
@@ -383,7 +363,7 @@ krul_cuda_profile_new(const krul_predict_options *options, void *stream, krul_de
     cudaError_t code = cudaMalloc(&memory, (size_t)made->n_bytes);
     if (code != cudaSuccess) {
         (void)cudaGetLastError(); /* it is told, and must not be met again */
-        status = fail_call(code, "cudaMalloc of a profile", err);
+        status = krul_cuda_check(code, "cudaMalloc of a profile", err);
     }
     made->memory = (uint8_t *)memory;
     for (int32_t i = 0;
@@ -391,10 +371,8 @@ krul_cuda_profile_new(const krul_predict_options *options, void *stream, krul_de
         status = copy_array(&copy, made->memory, stream, err);
     }
     if (status == KRUL_STATUS_OK) {
-        code = cudaStreamSynchronize((cudaStream_t)stream);
-        if (code != cudaSuccess) {
-            status = fail_call(code, "cudaStreamSynchronize", err);
-        }
+        status = krul_cuda_check(cudaStreamSynchronize((cudaStream_t)stream),
+                                 "cudaStreamSynchronize", err);
     }
     if (status != KRUL_STATUS_OK) {
         krul_cuda_profile_free(made);
@@ -438,7 +416,7 @@ krul_cuda_predict_numbers(const krul_device_chains *chains, const krul_device_pr
                 batch->n_used, batch->n_rows, (const uint32_t *)(memory + profile->slots_at),
                 (const uint16_t *)(memory + profile->frequencies_at), profile->n_tables,
                 (float *)(void *)scratch, damage_flag);
-    return check_launch("decode_numbers", err);
+    return krul_cuda_check(cudaGetLastError(), "decode_numbers", err);
 }
 
 /* Rows of a layer that belong to a batch. */
@@ -522,7 +500,7 @@ krul_cuda_predict_rows(const krul_device_chains *chains, const krul_device_predi
         layout.first_kv = kv;
         KRUL_LAUNCH(choose_store(batch->dtype[kv], batch->vector[kv]), grid, dim3(STORE_THREADS), 0,
                     krul_cublas_stream(cublas), units, layout);
-        status = check_launch("store_rows", err);
+        status = krul_cuda_check(cudaGetLastError(), "store_rows", err);
     }
     return status;
 }

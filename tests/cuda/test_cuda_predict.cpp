@@ -17,7 +17,6 @@
 
 extern "C" {
 #include "codec_predict.h"
-#include "device_decode.h"
 #include "dtype.h"
 #include "entropy.h"
 }
@@ -507,6 +506,7 @@ struct machine {
     std::vector<tensor> decoded;
     uint32_t damage = 0;
     int n_batches = 0;
+    int32_t bad_block = -1; /* of the last call */
 
     explicit machine(const fixture &from, krul_cublas_math math = KRUL_CUBLAS_FLOAT32) : made(from)
     {
@@ -570,8 +570,10 @@ struct machine {
         std::vector<krul_device_predict_batch> batches(blocks.size());
         int32_t n = -1;
         size_t end = 0;
-        krul_status status = krul_device_predict_prepare(
-            chains, chunk, capacity, used, blocks.data(), n_blocks, batches.data(), &n, &end, err);
+        bad_block = -1;
+        krul_status status = krul_device_predict_prepare(chains, chunk, capacity, used,
+                                                         blocks.data(), n_blocks, batches.data(),
+                                                         &n, &end, &bad_block, err);
         CHECK(status == KRUL_STATUS_OK ? n >= 0 && end >= used && end <= capacity
                                        : n == -1 && end == 0);
         for (int32_t i = 0; i < n && status == KRUL_STATUS_OK; i++) {
@@ -836,11 +838,16 @@ test_arguments()
            "layer 0, was not");
     refuse({device.block_of(0, 0), device.block_of(0, 0)}, KRUL_STATUS_BAD_VALUE,
            "layer 0 was prepared before");
+    CHECK(device.bad_block == 1);
     krul_store_entry entry = made.entries[0][0];
     block = device.block_of(0, 0);
     block.entry = &entry;
     entry.codec = KRUL_CODEC_INT8;
-    refuse({block}, KRUL_STATUS_BAD_VALUE, "codec 2");
+    refuse({block}, KRUL_STATUS_BAD_VALUE, "coded of codec 2");
+    entry = made.entries[0][0];
+    block.is_decoded = true;
+    refuse({block}, KRUL_STATUS_BAD_VALUE, "decoded of codec 7");
+    block.is_decoded = false;
     entry = made.entries[0][0];
     entry.layer_lower = 2;
     refuse({block}, KRUL_STATUS_BAD_VALUE, "layer 2 takes no part");
@@ -876,15 +883,17 @@ test_arguments()
     size_t end = 0;
     for (size_t room : {size_t(0), bound / 2, bound - 20}) {
         CHECK(krul_device_predict_prepare(device.chains, chunk.data, n_bytes + room, n_bytes,
-                                          &block, 1, &batch, &n_batches, &end,
+                                          &block, 1, &batch, &n_batches, &end, nullptr,
                                           &err) == KRUL_STATUS_BAD_VALUE);
     }
     block.payload_offset = n_bytes + bound;
     CHECK(krul_device_predict_prepare(device.chains, chunk.data, n_bytes + bound, n_bytes, &block,
-                                      1, &batch, &n_batches, &end, &err) == KRUL_STATUS_BAD_VALUE);
+                                      1, &batch, &n_batches, &end, nullptr,
+                                      &err) == KRUL_STATUS_BAD_VALUE);
     block.payload_offset = 0;
     CHECK(krul_device_predict_prepare(device.chains, chunk.data, n_bytes + bound, n_bytes, &block,
-                                      1, &batch, &n_batches, &end, &err) == KRUL_STATUS_OK);
+                                      1, &batch, &n_batches, &end, nullptr,
+                                      &err) == KRUL_STATUS_OK);
     CHECK(n_batches == 1 && batch.layer == 3);
 
     /* Profiles and chains. */
