@@ -454,6 +454,13 @@ __launch_bounds__(N_THREADS) raw_kernel(krul_decode_arguments arguments)
 
 /* ---- value by value ---------------------------------------------------------------------------- */
 
+/* Planes of an odd number of bytes, and what follows an entropy stream, begin anywhere. */
+static __device__ __forceinline__ uint32_t
+u16_at(const uint8_t *address)
+{
+    return __ldg(address) | (uint32_t)__ldg(address + 1) << 8;
+}
+
 static __device__ __forceinline__ float
 widen_at(krul_dtype dtype, const uint8_t *elements, int64_t index)
 {
@@ -494,8 +501,8 @@ coded_value(const krul_decode_arguments &arguments, const krul_device_descriptor
         code = __ldg(row + group * (GROUP / 2) + (is_low ? in_group : in_group - half));
         code = is_low ? code & 15u : code >> 4;
     }
-    uint32_t scale = krul_load_u16_at(plane + 2 * parameter);
-    uint32_t minimum = krul_load_u16_at(plane + block->minima_bytes + 2 * parameter);
+    uint32_t scale = u16_at(plane + 2 * parameter);
+    uint32_t minimum = u16_at(plane + block->minima_bytes + 2 * parameter);
     if (is_unsound(scale, minimum)) {
         krul_report_damage(arguments.damage_flag);
     }
@@ -533,8 +540,7 @@ __launch_bounds__(N_THREADS)
         int64_t in_row = (int64_t)channel * element_bytes;
         if (is_raw) {
             uint8_t *out = here.outputs[0] + row * block->outputs[0].token_bytes + in_row;
-            const uint8_t *in = plane + 2 * (token * head_dim + channel); /* any byte */
-            *(uint16_t *)out = (uint16_t)(__ldg(in) | (uint32_t)__ldg(in + 1) << 8);
+            *(uint16_t *)out = (uint16_t)u16_at(plane + 2 * (token * head_dim + channel));
             continue;
         }
         if (is_int) {

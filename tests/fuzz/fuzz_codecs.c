@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../c/check_device.h"
 #include "krul.h"
 
 enum {
@@ -96,6 +97,49 @@ are_same(const uint8_t *left, const uint8_t *right, size_t n_bytes, krul_dtype d
     return true;
 }
 
+/* The same block made ready for a device: what the CPU decodes is not refused, and nothing that a
+ * kernel would read lies outside. */
+static void
+fuzz_device(const uint8_t *bytes, size_t n_bytes, krul_codec codec, krul_kv kv,
+            const krul_view views[KRUL_COMPRESSOR_MAX_VIEWS], int n_views, bool is_decoded)
+{
+    const int64_t *shape = views[0].shape;
+    krul_store_entry entry = {
+        .kind = KRUL_STORE_ENTRY_BLOCK,
+        .codec = codec,
+        .kv = kv,
+        .dtype = views[0].dtype,
+        .layer_upper = n_views == 2 ? 1 : -1,
+        .n_batch = (int32_t)shape[0],
+        .n_heads = (int32_t)shape[1],
+        .head_dim = (int32_t)shape[3],
+        .n_tokens = shape[2],
+        .payload_bytes = n_bytes,
+    };
+    krul_device_block block = {.entry = &entry};
+    for (int i = 0; i < n_views; i++) {
+        block.views[i] = views[i];
+    }
+    size_t capacity = n_bytes + krul_device_decode_bound(&block, 1);
+    uint8_t *chunk = malloc(capacity);
+    need(chunk != NULL);
+    memcpy(chunk, bytes, n_bytes);
+    krul_device_batch batches[KRUL_DEVICE_MAX_BATCHES];
+    int32_t n_batches = 0, bad_block = -1;
+    size_t used_bytes = 0;
+    krul_error err = {0};
+    krul_status status = krul_device_decode_prepare(chunk, capacity, n_bytes, &block, 1, batches,
+                                                    &n_batches, &used_bytes, &bad_block, &err);
+    need_known(status, &err);
+    need(status == KRUL_STATUS_OK || (bad_block == 0 && !is_decoded));
+    if (status == KRUL_STATUS_OK) {
+        checked_chunk checked = {chunk, n_bytes, used_bytes};
+        need(check_device_batches(&checked, batches, n_batches));
+    }
+    need(memcmp(chunk, bytes, n_bytes) == 0);
+    free(chunk);
+}
+
 static void
 fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
 {
@@ -145,6 +189,10 @@ fuzz_codec(const uint8_t *bytes, size_t n_bytes, krul_codec codec)
         if (first == NULL) {
             first = data;
             first_status = status;
+            if (n_bytes > CHOICE_BYTES) { /* an entry has at least a byte of payload */
+                fuzz_device(bytes + CHOICE_BYTES, n_bytes - CHOICE_BYTES, codec, kv, views, n_views,
+                            status == KRUL_STATUS_OK);
+            }
             continue;
         }
         need(status == first_status);
