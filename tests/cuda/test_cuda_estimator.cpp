@@ -103,8 +103,8 @@ struct geometry {
     int skipped;
 };
 
-/* Layer 0 is plain, 1 has a soft cap and sinks, 2 a window and keys from some position on, 3 is not
- * observed, 4 has other heads, the rest are plain. */
+/* Layer 0 is plain, 1 has a soft cap and sinks, 2 a window and, where there is one row, keys from some
+ * position on, 3 is not observed, 4 has other heads, 5 lacks the last keys, the rest are plain. */
 struct fixture {
     geometry of;
     std::vector<tensor> queries, keys;
@@ -135,10 +135,10 @@ struct fixture {
             int start = l == 2 && of.n_rows == 1 ? of.n_keys - window : 0;
             n_heads.push_back(heads);
             key_start.push_back(start);
+            int n_keys = l == 5 ? of.n_keys - of.n_keys / 8 : of.n_keys - start;
             queries.emplace_back(of.query_dtype, of.n_batch, heads, of.n_rows, of.head_dim,
                                  of.skipped);
-            keys.emplace_back(of.key_dtype, of.n_batch, kv_heads, of.n_keys - start, of.head_dim,
-                              of.skipped);
+            keys.emplace_back(of.key_dtype, of.n_batch, kv_heads, n_keys, of.head_dim, of.skipped);
             sinks.emplace_back();
             for (int h = 0; h < heads; h++) {
                 sinks.back().push_back(next_random());
@@ -270,7 +270,7 @@ attend(fixture &made, int l)
                 double lowest = INFINITY, off = 0;
                 std::vector<double> scores(static_cast<size_t>(of.n_keys), -INFINITY);
                 for (int64_t k = first; k <= position && real[position] != 0; k++) {
-                    if (real[k] == 0 || k < start) {
+                    if (real[k] == 0 || k < start || k - start >= keys.shape[2]) {
                         continue;
                     }
                     double score = 0, size = 0;
