@@ -125,6 +125,10 @@ struct fixture {
             for (int k = 0; b > 0 && k < of.n_keys / 7; k++) {
                 is_real[static_cast<size_t>(b * of.n_keys + k)] = 0;
             }
+            if (b > 0 && of.n_rows > 2) { /* a hole, and one of the rows is in it */
+                int64_t hole = b * of.n_keys + positions[static_cast<size_t>(of.n_rows / 2)];
+                is_real[static_cast<size_t>(hole)] = 0;
+            }
             for (int64_t position : positions) {
                 starts.push_back(std::max<int64_t>(0, position - window + 1));
             }
@@ -415,6 +419,7 @@ const geometry geometries[] = {
     {"two dtypes", 3, 1, 4, 2, 24, 4, 37, KRUL_DTYPE_F32, KRUL_DTYPE_BF16, 0},
     {"one row", 5, 2, 4, 2, 32, 1, 61, KRUL_DTYPE_BF16, KRUL_DTYPE_BF16, 0},
     {"one key", 2, 1, 2, 2, 16, 1, 1, KRUL_DTYPE_F16, KRUL_DTYPE_F16, 0},
+    {"nine alike, eight warps", 11, 1, 4, 2, 16, 4, 37, KRUL_DTYPE_BF16, KRUL_DTYPE_BF16, 0},
     {"many layers", 43, 1, 2, 1, 8, 3, 37, KRUL_DTYPE_F32, KRUL_DTYPE_F32, 0},
     {"very many layers", 90, 1, 2, 1, 8, 2, 21, KRUL_DTYPE_F32, KRUL_DTYPE_F32, 0},
 };
