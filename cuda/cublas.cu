@@ -65,8 +65,9 @@ krul_cublas_open(const char *const *names, int n_names, krul_cublas_table *out, 
     }
     if (library == NULL) {
         const char *reason = dlerror();
-        return krul_fail(err, KRUL_STATUS_UNSUPPORTED, "cuBLAS cannot be loaded: %s",
-                         reason != NULL ? reason : "no name was given");
+        return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
+                         "cuBLAS cannot be loaded as %s or another: %s",
+                         n_names > 0 ? names[0] : "nothing", reason != NULL ? reason : "unknown");
     }
     krul_status status = fill_table(library, name, out, err);
     if (status != KRUL_STATUS_OK) {

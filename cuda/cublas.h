@@ -27,7 +27,10 @@ typedef struct krul_cublas_table {
 } krul_cublas_table;
 
 /* How exact products are. Factors and sums are float32 in memory; what differs is to how many bits
- * the factors are rounded before they are multiplied. Sums are always float32. */
+ * the factors are rounded before they are multiplied. Sums are always float32. Numbers of codec
+ * predict are whole, and their step is the product's alpha: TF32 holds them exactly up to 2048, so that
+ * a coefficient of n steps is off by the rounding of the basis alone, 2^-12 n of a step at most, where
+ * quantising was off by half a step. */
 typedef enum krul_cublas_math {
     KRUL_CUBLAS_FLOAT32 = 0, /* 24 bits: what FORMAT.md promises */
     KRUL_CUBLAS_TF32 = 1, /* 11 bits, on tensor cores: several times faster */

@@ -943,6 +943,13 @@ test_cublas()
     CHECK(std::strstr(err.message, "has no function cublasGemmEx") != nullptr);
     CHECK(table.create == nullptr);
 
+    const krul_cublas_table *found = nullptr; /* there may be one here, or not */
+    krul_status status = krul_cublas_find(&found, &err);
+    CHECK(status == KRUL_STATUS_OK
+              ? found != nullptr
+              : status == KRUL_STATUS_UNSUPPORTED && found == nullptr &&
+                    std::strstr(err.message, "loaded as libcublas.so.13") != nullptr);
+
     krul_cublas *cublas = nullptr;
     aligned<uint8_t> workspace(512);
     CHECK(krul_cublas_new(&stub, nullptr, nullptr, 0, static_cast<krul_cublas_math>(3), &cublas,
