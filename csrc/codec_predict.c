@@ -9,14 +9,15 @@
 #include <string.h>
 
 #include "backend.h"
+#include "codec_predict.h"
 #include "compressor.h"
 #include "entropy.h"
 #include "internal.h"
 
 enum {
-    HEADER_BYTES = 12,
+    HEADER_BYTES = KRUL_PREDICT_HEADER_BYTES,
     N_SYMBOLS = 256,
-    MAX_SHIFT = 4, /* classes that a token may lie above or below its components' */
+    MAX_SHIFT = KRUL_PREDICT_MAX_SHIFT,
     N_SHIFTS = 2 * MAX_SHIFT + 1,
     SHIFT_FLOATS = 12, /* N_SHIFTS, filled up to whole vectors of four */
     MAX_RICE_BITS = 7,
@@ -49,6 +50,7 @@ struct krul_predict {
     int32_t unit_table;
     int32_t n_layers;
     krul_predict_layer *layers;
+    int16_t **levels; /* of each layer's deviations, in one allocation */
     int32_t *n_users; /* layers that have this one as a source */
     int64_t n_batch;
     int64_t token_start;
@@ -113,6 +115,30 @@ check_layer(const krul_predict_options *options, int32_t index, krul_error *err)
     return KRUL_STATUS_OK;
 }
 
+krul_status
+krul_predict_check_options(const krul_predict_options *options, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (options->n_layers < 1 || options->n_layers > KRUL_STORE_MAX_LAYERS ||
+        options->n_batch < 1 || options->n_batch > KRUL_STORE_MAX_EXTENT ||
+        options->token_start < 0 || options->n_tokens < 0 ||
+        options->token_start > KRUL_STORE_MAX_TOKENS || options->n_tokens > KRUL_STORE_MAX_TOKENS) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                         "n_layers is %d, n_batch %lld, token_start %lld and n_tokens %lld",
+                         (int)options->n_layers, (long long)options->n_batch,
+                         (long long)options->token_start, (long long)options->n_tokens);
+    }
+    if (options->unit_table < 0 || options->unit_table >= options->n_tables) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "unit_table is %d but there are %d tables",
+                         (int)options->unit_table, (int)options->n_tables);
+    }
+    for (int32_t i = 0; i < options->n_layers; i++) {
+        KRUL_TRY(check_layer(options, i, err));
+    }
+done:
+    return status;
+}
+
 /* Bits that each symbol takes; what a table has not costs an escape and a byte or two. */
 static void
 fill_costs(const krul_entropy_table *table, float costs[N_SYMBOLS])
@@ -124,6 +150,30 @@ fill_costs(const krul_entropy_table *table, float costs[N_SYMBOLS])
         float part = is_escape ? table->frequency[KRUL_ENTROPY_ESCAPE] : frequency;
         costs[symbol] = log2f(whole / part) + (is_escape ? 10.0f : 0.0f);
     }
+}
+
+/* The levels of every layer's deviations, one allocation that `levels[0]` begins. */
+static bool
+new_levels(krul_predict *predict, const krul_predict_options *options)
+{
+    size_t n_levels = 0;
+    for (int32_t i = 0; i < options->n_layers; i++) {
+        n_levels += options->layers[i].n_heads > 0 ? (size_t)width_of(&options->layers[i]) : 0;
+    }
+    predict->levels = calloc((size_t)options->n_layers, sizeof *predict->levels);
+    int16_t *next = malloc((n_levels + 1) * sizeof *next);
+    if (predict->levels == NULL || next == NULL) {
+        free(next);
+        return false;
+    }
+    for (int32_t i = 0; i < options->n_layers; i++) {
+        const krul_predict_layer *layer = &options->layers[i];
+        predict->levels[i] = next;
+        for (int64_t k = 0; layer->n_heads > 0 && k < width_of(layer); k++) {
+            *next++ = (int16_t)krul_predict_level_of(layer->deviation[k]);
+        }
+    }
+    return true;
 }
 
 /* Bits of each symbol of a class under every shift, side by side: a value looks in one place. */
@@ -146,22 +196,7 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
 {
     krul_status status = KRUL_STATUS_OK;
     krul_predict *made = NULL;
-    if (options->n_layers < 1 || options->n_layers > KRUL_STORE_MAX_LAYERS ||
-        options->n_batch < 1 || options->n_batch > KRUL_STORE_MAX_EXTENT ||
-        options->token_start < 0 || options->n_tokens < 0 ||
-        options->token_start > KRUL_STORE_MAX_TOKENS || options->n_tokens > KRUL_STORE_MAX_TOKENS) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                         "n_layers is %d, n_batch %lld, token_start %lld and n_tokens %lld",
-                         (int)options->n_layers, (long long)options->n_batch,
-                         (long long)options->token_start, (long long)options->n_tokens);
-    }
-    if (options->unit_table < 0 || options->unit_table >= options->n_tables) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "unit_table is %d but there are %d tables",
-                         (int)options->unit_table, (int)options->n_tables);
-    }
-    for (int32_t i = 0; i < options->n_layers; i++) {
-        KRUL_TRY(check_layer(options, i, err));
-    }
+    KRUL_TRY(krul_predict_check_options(options, err));
     made = calloc(1, sizeof *made);
     if (made == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a predictor");
@@ -181,7 +216,7 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         made->shift_costs = malloc((size_t)options->n_tables * sizeof *made->shift_costs);
     }
     if (made->costs == NULL || made->layers == NULL || made->n_users == NULL ||
-        (is_encoding && made->shift_costs == NULL)) {
+        !new_levels(made, options) || (is_encoding && made->shift_costs == NULL)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %zu layers", n_layers);
         goto done;
     }
@@ -238,6 +273,10 @@ krul_predict_free(krul_predict *predict)
     free(predict->costs);
     free(predict->shift_costs);
     free(predict->layers);
+    if (predict->levels != NULL) {
+        free(predict->levels[0]);
+    }
+    free(predict->levels);
     free(predict->n_users);
     free(predict);
 }
@@ -472,9 +511,8 @@ store_rows(const krul_backend *backend, const krul_predict *predict,
 
 /* ---- side information -------------------------------------------------------------------------- */
 
-/* 3 log2(value), rounded down; by comparisons alone, so that every machine finds the same. */
-static int32_t
-level_of(float value)
+int32_t
+krul_predict_level_of(float value)
 {
     static const double thirds[LEVELS_PER_OCTAVE - 1] = {0.62996052494743658, 0.79370052598409974};
     int exponent;
@@ -488,10 +526,10 @@ level_of(float value)
 
 /* The class that a component is expected to have; -1 is a column of zeros. */
 static int32_t
-expected_class(const krul_predict *predict, float deviation, int32_t step_level)
+expected_class(int32_t level, int32_t step_level, int32_t unit_table, int32_t n_tables)
 {
-    int32_t level = predict->unit_table + level_of(deviation) - step_level;
-    return (int32_t)krul_max_i64(0, krul_min_i64(level, predict->n_tables - 1));
+    int32_t table = unit_table + level - step_level;
+    return table < 0 ? 0 : table < n_tables ? table : n_tables - 1;
 }
 
 static uint32_t
@@ -559,30 +597,51 @@ typedef struct bit_reader {
     size_t at;
 } bit_reader;
 
+/* The bits that come next, the next of all lowest, at least 57 if there are so many; zeros above. */
+static inline uint64_t
+peek_bits(const bit_reader *reader, uint32_t *n_bits_out)
+{
+    size_t from = reader->at / 8, shift = reader->at % 8;
+    size_t n_bytes = reader->n_bits / 8 - from;
+    uint64_t window = 0;
+    if (n_bytes >= sizeof window) {
+        n_bytes = sizeof window;
+        window = krul_load_u64(reader->bytes + from);
+    }
+    else {
+        for (size_t i = 0; i < n_bytes; i++) {
+            window |= (uint64_t)reader->bytes[from + i] << 8 * i;
+        }
+    }
+    *n_bits_out = (uint32_t)(8 * n_bytes - (n_bytes > 0 ? shift : 0));
+    return window >> shift;
+}
+
 /* False where the bits end, or the value is above `largest`. */
-static bool
+static inline bool
 take_rice(bit_reader *reader, int rice_bits, uint32_t largest, uint32_t *out)
 {
-    uint32_t upper = 0;
-    for (;; upper++) {
-        if (reader->at == reader->n_bits || upper > largest) {
+    uint32_t upper = 0, n_bits;
+    for (;;) {
+        uint64_t window = peek_bits(reader, &n_bits);
+        uint32_t n_ones = ~window == 0 ? 64 : (uint32_t)__builtin_ctzll(~window);
+        upper += n_ones;
+        reader->at += n_ones;
+        if (n_bits == 0 || upper > largest) {
             return false;
         }
-        uint32_t bit = reader->bytes[reader->at / 8] >> reader->at % 8 & 1;
-        reader->at++;
-        if (bit == 0) {
+        if (n_ones < n_bits) { /* the zero is there, too */
+            reader->at++;
             break;
         }
     }
-    uint32_t value = upper << rice_bits;
-    for (int i = 0; i < rice_bits; i++, reader->at++) {
-        if (reader->at == reader->n_bits) {
-            return false;
-        }
-        value |= (uint32_t)(reader->bytes[reader->at / 8] >> reader->at % 8 & 1) << i;
+    uint32_t lower = (uint32_t)peek_bits(reader, &n_bits);
+    if (n_bits < (uint32_t)rice_bits) {
+        return false;
     }
-    *out = value;
-    return value <= largest;
+    reader->at += (size_t)rice_bits;
+    *out = upper << rice_bits | (lower & ((1u << rice_bits) - 1));
+    return *out <= largest;
 }
 
 /* ---- encoder ----------------------------------------------------------------------------------- */
@@ -722,14 +781,15 @@ choose_shifts(const krul_predict *predict, predict_coding *coding)
 
 /* Header and side information; returns their bytes. */
 static size_t
-write_side(const krul_predict *predict, const krul_predict_layer *layer, float step,
-           predict_coding *coding, uint8_t *out)
+write_side(const krul_predict *predict, int32_t index, float step, predict_coding *coding,
+           uint8_t *out)
 {
-    int32_t step_level = level_of(step);
+    int32_t step_level = krul_predict_level_of(step);
     uint32_t *classes = coding->folded, *shifts = coding->folded + coding->width;
     for (int64_t i = 0; i < coding->width; i++) {
         int32_t actual = coding->classes[i] == KRUL_ENTROPY_NO_SYMBOLS ? -1 : coding->classes[i];
-        classes[i] = fold(actual - expected_class(predict, layer->deviation[i], step_level));
+        classes[i] = fold(actual - expected_class(predict->levels[index][i], step_level,
+                                                  predict->unit_table, predict->n_tables));
     }
     for (int64_t i = 0; i < coding->n_rows; i++) {
         shifts[i] = fold(coding->shifts[i]);
@@ -962,7 +1022,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
             coding.classes[i] = choose_class(predict, coding.values + i * n_rows, n_rows);
         }
         choose_shifts(predict, &coding);
-        size_t side_bytes = write_side(predict, layer, step, &coding, payload_out);
+        size_t side_bytes = write_side(predict, index, step, &coding, payload_out);
         KRUL_TRY(krul_entropy_encode_columns(
             predict->tables, coding.values, width, n_rows, coding.classes, coding.shifts,
             payload_out + side_bytes, capacity_bytes - side_bytes, &stream_bytes, err));
@@ -986,12 +1046,12 @@ done:
 
 /* ---- decoder ----------------------------------------------------------------------------------- */
 
-/* Parse header and side information. */
-static krul_status
-read_side(const krul_predict *predict, int32_t index, const uint8_t *payload, size_t payload_bytes,
-          predict_coding *coding, float *step_out, size_t *side_bytes_out, krul_error *err)
+krul_status
+krul_predict_read_side(const int16_t *levels, int64_t width, int64_t n_rows, int32_t unit_table,
+                       int32_t n_tables, const uint8_t *payload, size_t payload_bytes,
+                       uint8_t *classes_out, int8_t *shifts_out, float *step_out,
+                       size_t *side_bytes_out, krul_error *err)
 {
-    const krul_predict_layer *layer = &predict->layers[index];
     if (payload_bytes < HEADER_BYTES) {
         return krul_fail(err, KRUL_STATUS_CORRUPT, "predict block has %zu bytes, its header %d",
                          payload_bytes, (int)HEADER_BYTES);
@@ -1009,28 +1069,28 @@ read_side(const krul_predict *predict, int32_t index, const uint8_t *payload, si
                          "information in %d and %d bits",
                          payload_bytes, (double)step, side_bytes, class_bits, shift_bits);
     }
-    int32_t step_level = level_of(step);
+    int32_t step_level = krul_predict_level_of(step);
     bit_reader reader = {.bytes = payload + HEADER_BYTES, .n_bits = 8 * side_bytes};
-    for (int64_t i = 0; i < coding->width; i++) {
+    for (int64_t i = 0; i < width; i++) {
         uint32_t folded;
         int32_t actual = -2;
         if (take_rice(&reader, class_bits, 2 * KRUL_ENTROPY_MAX_TABLES + 1, &folded)) {
-            actual = unfold(folded) + expected_class(predict, layer->deviation[i], step_level);
+            actual = unfold(folded) + expected_class(levels[i], step_level, unit_table, n_tables);
         }
-        if (actual < -1 || actual >= predict->n_tables) {
+        if (actual < -1 || actual >= n_tables) {
             return krul_fail(err, KRUL_STATUS_CORRUPT,
                              "predict block: the class of component %lld is malformed",
                              (long long)i);
         }
-        coding->classes[i] = actual < 0 ? KRUL_ENTROPY_NO_SYMBOLS : (uint8_t)actual;
+        classes_out[i] = actual < 0 ? KRUL_ENTROPY_NO_SYMBOLS : (uint8_t)actual;
     }
-    for (int64_t i = 0; i < coding->n_rows; i++) {
+    for (int64_t i = 0; i < n_rows; i++) {
         uint32_t folded;
         if (!take_rice(&reader, shift_bits, 2 * MAX_SHIFT, &folded)) {
             return krul_fail(err, KRUL_STATUS_CORRUPT,
                              "predict block: the shift of token %lld is malformed", (long long)i);
         }
-        coding->shifts[i] = (int8_t)unfold(folded);
+        shifts_out[i] = (int8_t)unfold(folded);
     }
     bool is_padding = reader.n_bits - reader.at < 8;
     while (is_padding && reader.at < reader.n_bits) {
@@ -1069,7 +1129,9 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
                            (long long)n_rows, (long long)width);
         goto done;
     }
-    KRUL_TRY(read_side(predict, index, payload, payload_bytes, &coding, &step, &side_bytes, err));
+    KRUL_TRY(krul_predict_read_side(predict->levels[index], width, n_rows, predict->unit_table,
+                                    predict->n_tables, payload, payload_bytes, coding.classes,
+                                    coding.shifts, &step, &side_bytes, err));
     KRUL_TRY(krul_entropy_decode_columns(backend, predict->tables, payload + side_bytes,
                                          payload_bytes - side_bytes, width, n_rows, coding.classes,
                                          coding.shifts, coding.coefficients, err));

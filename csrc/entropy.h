@@ -96,6 +96,26 @@ typedef struct krul_entropy_columns {
     float *out; /* n_columns x n_tokens */
 } krul_entropy_columns;
 
+/* What a decoder looks up: KRUL_ENTROPY_N_SLOTS of krul_entropy_slot for each table. */
+const uint32_t *krul_entropy_tables_slots(const krul_entropy_tables *tables);
+
+/* Where the parts of a column stream lie. */
+typedef struct krul_entropy_columns_parts {
+    const uint8_t *states; /* KRUL_ENTROPY_STATES_BYTES, then the words */
+    size_t words_bytes;
+    const uint8_t *escapes;
+    size_t escapes_bytes;
+    uint32_t n_escapes;
+} krul_entropy_columns_parts;
+
+/* Find the parts of a stream of n_values. What they hold is not looked at. */
+krul_status krul_entropy_columns_open(const uint8_t *stream, size_t n_bytes, size_t n_values,
+                                      krul_entropy_columns_parts *out,
+                                      krul_error *err) KRUL_MUST_CHECK;
+
+/* Are these n_escapes escapes, each in its one form, and nothing else? */
+bool krul_entropy_check_escapes(const uint8_t *bytes, size_t n_bytes, uint32_t n_escapes);
+
 /* A parsed stream; borrows its bytes. */
 typedef struct krul_entropy_reader {
     krul_entropy_mode mode;

@@ -94,6 +94,12 @@ krul_entropy_tables_free(krul_entropy_tables *tables)
     }
 }
 
+const uint32_t *
+krul_entropy_tables_slots(const krul_entropy_tables *tables)
+{
+    return tables->slots;
+}
+
 /* The number of values, or false where it is none that a stream may hold. */
 static bool
 count_values(int64_t n_columns, int64_t n_tokens, size_t *out)
@@ -268,6 +274,53 @@ escape_read(const uint8_t **bytes, const uint8_t *end, int32_t *out)
     return false;
 }
 
+bool
+krul_entropy_check_escapes(const uint8_t *bytes, size_t n_bytes, uint32_t n_escapes)
+{
+    const uint8_t *end = bytes + n_bytes;
+    int32_t value;
+    for (uint32_t i = 0; i < n_escapes; i++) {
+        if (!escape_read(&bytes, end, &value)) {
+            return false;
+        }
+    }
+    return bytes == end;
+}
+
+krul_status
+krul_entropy_columns_open(const uint8_t *stream, size_t n_bytes, size_t n_values,
+                          krul_entropy_columns_parts *out, krul_error *err)
+{
+    if (n_bytes < STARTS_BYTES) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "column stream has %zu bytes, its header and states %d", n_bytes,
+                         (int)STARTS_BYTES);
+    }
+    uint32_t n_escapes = krul_load_u32(stream);
+    size_t words_bytes = krul_load_u32(stream + 4);
+    size_t left_bytes = n_bytes - STARTS_BYTES;
+    if (words_bytes > left_bytes || words_bytes % 2 != 0 || words_bytes / 2 > n_values) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "column stream of %zu values has %zu bytes of words in %zu", n_values,
+                         words_bytes, left_bytes);
+    }
+    size_t escapes_bytes = left_bytes - words_bytes;
+    if (n_escapes > n_values || n_escapes > escapes_bytes ||
+        (n_escapes == 0 && escapes_bytes != 0)) {
+        return krul_fail(err, KRUL_STATUS_CORRUPT,
+                         "column stream of %zu values has %u escapes in %zu bytes", n_values,
+                         (unsigned)n_escapes, escapes_bytes);
+    }
+    *out = (krul_entropy_columns_parts){
+        .states = stream + KRUL_ENTROPY_COLUMNS_HEADER_BYTES,
+        .words_bytes = words_bytes,
+        .escapes = stream + STARTS_BYTES + words_bytes,
+        .escapes_bytes = escapes_bytes,
+        .n_escapes = n_escapes,
+    };
+    return KRUL_STATUS_OK;
+}
+
 /* Put the escapes where the decoder left their marks; all must be used, and none may be a value that
  * its table has. */
 static krul_status
@@ -323,33 +376,16 @@ krul_entropy_decode_columns(const krul_backend *backend, const krul_entropy_tabl
                             int64_t n_tokens, const uint8_t *column_class,
                             const int8_t *token_shift, float *out, krul_error *err)
 {
+    krul_status status = KRUL_STATUS_OK;
     size_t n_values;
     if (!count_values(n_columns, n_tokens, &n_values)) {
         return fail_count(n_columns, n_tokens, err);
     }
-    if (n_bytes < STARTS_BYTES) {
-        return krul_fail(err, KRUL_STATUS_CORRUPT,
-                         "column stream has %zu bytes, its header and states %d", n_bytes,
-                         (int)STARTS_BYTES);
-    }
-    uint32_t n_escapes = krul_load_u32(stream);
-    size_t words_bytes = krul_load_u32(stream + 4);
-    size_t left_bytes = n_bytes - STARTS_BYTES;
-    if (words_bytes > left_bytes || words_bytes % 2 != 0 || words_bytes / 2 > n_values) {
-        return krul_fail(err, KRUL_STATUS_CORRUPT,
-                         "column stream of %zu values has %zu bytes of words in %zu", n_values,
-                         words_bytes, left_bytes);
-    }
-    size_t escapes_bytes = left_bytes - words_bytes;
-    if (n_escapes > n_values || n_escapes > escapes_bytes ||
-        (n_escapes == 0 && escapes_bytes != 0)) {
-        return krul_fail(err, KRUL_STATUS_CORRUPT,
-                         "column stream of %zu values has %u escapes in %zu bytes", n_values,
-                         (unsigned)n_escapes, escapes_bytes);
-    }
+    krul_entropy_columns_parts parts;
+    KRUL_TRY(krul_entropy_columns_open(stream, n_bytes, n_values, &parts, err));
     const krul_entropy_columns columns = {
-        .bytes = stream + KRUL_ENTROPY_COLUMNS_HEADER_BYTES,
-        .n_bytes = KRUL_ENTROPY_STATES_BYTES + words_bytes,
+        .bytes = parts.states,
+        .n_bytes = KRUL_ENTROPY_STATES_BYTES + parts.words_bytes,
         .slots = tables->slots,
         .n_tables = tables->n_tables,
         .column_class = column_class,
@@ -364,9 +400,10 @@ krul_entropy_decode_columns(const krul_backend *backend, const krul_entropy_tabl
                          "column stream of %lld columns of %lld tokens does not decode",
                          (long long)n_columns, (long long)n_tokens);
     }
-    if (has_escape || n_escapes != 0) {
-        return patch_escapes(tables, &columns, stream + STARTS_BYTES + words_bytes, escapes_bytes,
-                             n_escapes, err);
+    if (has_escape || parts.n_escapes != 0) {
+        KRUL_TRY(patch_escapes(tables, &columns, parts.escapes, parts.escapes_bytes,
+                               parts.n_escapes, err));
     }
-    return KRUL_STATUS_OK;
+done:
+    return status;
 }

@@ -17,6 +17,7 @@
 
 #include "backend.h"
 #include "dtype.h"
+#include "estimator.h"
 #include "internal.h"
 
 enum {
@@ -97,6 +98,22 @@ greatest_common_divisor(int64_t left, int64_t right)
         right = rest;
     }
     return left;
+}
+
+int64_t
+krul_estimator_heads_at_once(const krul_estimator_layer *layer, int64_t n_at_once)
+{
+    return greatest_common_divisor(layer->queries.shape[1] / layer->keys.shape[1], n_at_once);
+}
+
+int64_t
+krul_estimator_first_real(const uint8_t *key_is_real, int64_t n_keys_total)
+{
+    int64_t first = 0;
+    while (key_is_real != NULL && first < n_keys_total && key_is_real[first] == 0) {
+        first++;
+    }
+    return first;
 }
 
 /* Lay out the tile's queries lane by lane and note what each lane may see. */
@@ -409,8 +426,7 @@ observe_group(observation *shared, size_t tile_bytes, int n_threads, krul_error 
     shared->n_heads_at_once = 0;
     for (int32_t m = 0; m < shared->n_members; m++) {
         const krul_estimator_layer *layer = &shared->layers[shared->members[m]];
-        shared->n_heads_at_once = greatest_common_divisor(shared->n_heads / layer->keys.shape[1],
-                                                          shared->n_heads_at_once);
+        shared->n_heads_at_once = krul_estimator_heads_at_once(layer, shared->n_heads_at_once);
         max_head_dim = krul_max_i64(max_head_dim, layer->queries.shape[3]);
     }
     shared->n_blocks = (shared->n_rows * shared->n_heads_at_once + LANES - 1) / LANES;
@@ -448,8 +464,9 @@ done:
 
 /* Is one layer's pair of views fit for the call that `reference`, an observed layer, is part of? */
 static krul_status
-check_layer(const krul_estimator_layer *layer, int32_t index, const krul_view *reference,
-            int64_t n_rows, const int64_t *row_positions, int64_t n_keys_total, krul_error *err)
+check_layer(const krul_estimator_layer *layer, int32_t index, krul_device_type device_type,
+            const krul_view *reference, int64_t n_rows, const int64_t *row_positions,
+            int64_t n_keys_total, krul_error *err)
 {
     const krul_view *queries = &layer->queries;
     const krul_view *keys = &layer->keys;
@@ -459,12 +476,12 @@ check_layer(const krul_estimator_layer *layer, int32_t index, const krul_view *r
     KRUL_TRY(krul_view_check(queries, name, err));
     (void)snprintf(name, sizeof name, "keys of layer %d", (int)index);
     KRUL_TRY(krul_view_check(keys, name, err));
-    if (queries->device_type != KRUL_DEVICE_CPU || keys->device_type != KRUL_DEVICE_CPU) {
+    if (queries->device_type != device_type || keys->device_type != device_type) {
         return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
-                         "layer %d is on device type %d (queries) and %d (keys) but only the CPU "
-                         "(%d) can be observed",
+                         "layer %d is on device type %d (queries) and %d (keys) but is observed on "
+                         "%d",
                          (int)index, (int)queries->device_type, (int)keys->device_type,
-                         (int)KRUL_DEVICE_CPU);
+                         (int)device_type);
     }
     if (queries->shape[2] != n_rows || queries->shape[0] != reference->shape[0]) {
         return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
@@ -510,11 +527,11 @@ done:
     return status;
 }
 
-/* Check all arguments, before any sum is touched; finds the first observed layer, or -1. */
-static krul_status
-check_observation(const krul_estimator_layer *layers, int32_t n_layers,
-                  const int64_t *row_positions, int64_t n_rows, int64_t n_keys_total, double weight,
-                  const krul_estimator_sums *sums, int32_t *first_out, krul_error *err)
+krul_status
+krul_estimator_check(const krul_estimator_layer *layers, int32_t n_layers,
+                     krul_device_type device_type, const int64_t *row_positions, int64_t n_rows,
+                     int64_t n_keys_total, double weight, const krul_estimator_sums *sums,
+                     int32_t *first_out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     int32_t first = -1;
@@ -544,8 +561,8 @@ check_observation(const krul_estimator_layer *layers, int32_t n_layers,
     for (int32_t l = 0; l < n_layers; l++) {
         if (layers[l].queries.data != NULL) {
             first = first < 0 ? l : first;
-            KRUL_TRY(check_layer(&layers[l], l, &layers[first].queries, n_rows, row_positions,
-                                 n_keys_total, err));
+            KRUL_TRY(check_layer(&layers[l], l, device_type, &layers[first].queries, n_rows,
+                                 row_positions, n_keys_total, err));
         }
     }
     *first_out = first;
@@ -590,8 +607,8 @@ krul_estimator_observe(const krul_backend *backend, const krul_estimator_layer *
         .weight = weight,
         .sums = sums,
     };
-    KRUL_TRY(check_observation(layers, n_layers, row_positions, n_rows, n_keys_total, weight, sums,
-                               &first, err));
+    KRUL_TRY(krul_estimator_check(layers, n_layers, KRUL_DEVICE_CPU, row_positions, n_rows,
+                                  n_keys_total, weight, sums, &first, err));
     if (first < 0 || n_rows == 0) {
         mark_unknown(layers, n_layers, sums->distances);
         goto done;
@@ -605,10 +622,7 @@ krul_estimator_observe(const krul_backend *backend, const krul_estimator_layer *
     }
     for (int64_t b = 0; b < n_batch; b++) {
         const uint8_t *is_real = key_is_real == NULL ? NULL : key_is_real + b * n_keys_total;
-        first_real[b] = 0;
-        while (is_real != NULL && first_real[b] < n_keys_total && is_real[first_real[b]] == 0) {
-            first_real[b]++;
-        }
+        first_real[b] = krul_estimator_first_real(is_real, n_keys_total);
         for (int64_t r = 0; r < n_rows; r++) {
             n_real_rows += is_real == NULL || is_real[row_positions[r]] != 0;
         }

@@ -63,10 +63,11 @@ read -ra extra <<<"$more"
 common+=(${extra[@]+"${extra[@]}"})
 c_flags=(-std=c11 "${common[@]}")
 # #pragma unroll and casts that only look wrong on a CPU.
-cxx_flags=(-std=c++17 "${common[@]}" -Wno-unknown-pragmas -include tests/cuda/emulate.h)
+cxx_flags=(-std=c++17 "${common[@]}" -Wno-unknown-pragmas -include tests/cuda/emulate.h
+    -include tests/cuda/emulate_mma.h)
 
 # Objects two at a time, each only when something it may include is newer.
-newest_header=$(ls -t csrc/*.h csrc/*/*.h csrc/*/*.inc tests/c/*.h tests/cuda/*.h cuda/*.cuh | head -n 1)
+newest_header=$(ls -t csrc/*.h csrc/*/*.h csrc/*/*.inc tests/c/*.h tests/cuda/*.h cuda/*.cuh cuda/*.h | head -n 1)
 objects=() pending=()
 for source in csrc/*.c csrc/kernels/*.c cuda/*.cu; do
     [[ -e $source ]] || continue
@@ -94,6 +95,21 @@ for source in ${pending[@]+"${pending[@]}"}; do
     fi
 done
 for job in ${running[@]+"${running[@]}"}; do wait "$job"; done
+
+# Libraries that tests open beside their programs; without sanitizers, as real ones are.
+libraries=(
+    "stub_cblas tests/c/stub_blas.c -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t"
+    "stub_cublas tests/cuda/stub_cublas.c"
+    "stub_cublas_lacking tests/cuda/stub_cublas.c -DSTUB_LACKS_GEMM"
+)
+for library in "${libraries[@]}"; do
+    read -ra words <<<"$library"
+    file=$out/lib${words[0]}.so
+    if [[ ! $file -nt ${words[1]} || ! $file -nt tests/cuda/run.sh ]]; then
+        "$compiler" -std=c11 -O2 -g -fPIC -shared -Wall -Wextra -Werror "${words[@]:2}" "${words[1]}" \
+            -o "$file" -lm
+    fi
+done
 
 n_passed=0 failed=()
 if (($#)); then

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "../c/check_device.h"
+#include "device_predict.h"
 #include "krul.h"
 
 enum {
@@ -344,6 +345,62 @@ find_blas(void)
     return blas;
 }
 
+/* A device's host part may refuse only what the CPU refuses, and writes no byte too far. */
+static void
+prepare_predict(const krul_predict_options *options, const uint8_t *payloads,
+                const size_t lengths[N_PREDICT_LAYERS], const krul_status on_cpu[N_PREDICT_LAYERS],
+                int64_t n_tokens)
+{
+    krul_device_profile *profile = NULL;
+    krul_device_chains *chains = NULL;
+    const krul_device_run run = {.n_tokens = n_tokens};
+    krul_store_entry entries[N_PREDICT_LAYERS];
+    krul_device_block blocks[N_PREDICT_LAYERS];
+    krul_device_predict_batch batches[N_PREDICT_LAYERS];
+    size_t used_bytes = 0, end = 0;
+    memset(blocks, 0, sizeof blocks);
+    for (int layer = 0; layer < N_PREDICT_LAYERS; layer++) {
+        entries[layer] = (krul_store_entry){
+            .codec = KRUL_CODEC_PREDICT,
+            .kv = KRUL_KV_BOTH,
+            .layer_lower = layer,
+            .n_batch = (int32_t)options->n_batch,
+            .n_heads = 1,
+            .head_dim = PREDICT_DIM,
+            .n_tokens = n_tokens,
+            .payload_bytes = lengths[layer],
+        };
+        blocks[layer].entry = &entries[layer];
+        blocks[layer].payload_offset = used_bytes;
+        used_bytes = (used_bytes + lengths[layer] + 15) / 16 * 16;
+    }
+    size_t n_bytes = used_bytes + krul_device_predict_bound(blocks, N_PREDICT_LAYERS);
+    uint8_t *chunk = malloc(n_bytes);
+    need(chunk != NULL);
+    for (int layer = 0; layer < N_PREDICT_LAYERS; layer++) {
+        memcpy(chunk + blocks[layer].payload_offset, payloads + (layer == 0 ? 0 : lengths[0]),
+               lengths[layer]);
+    }
+    need(krul_device_profile_new(options, &profile, NULL) == KRUL_STATUS_OK);
+    need(krul_device_chains_new(profile, options, &run, 1, &chains, NULL) == KRUL_STATUS_OK);
+    krul_error err = {0};
+    int32_t n_batches = -1, bad_block = -1;
+    krul_status status = krul_device_predict_prepare(chains, chunk, n_bytes, used_bytes, blocks,
+                                                     N_PREDICT_LAYERS, batches, &n_batches, &end,
+                                                     &bad_block, &err);
+    need_known(status, &err);
+    if (status == KRUL_STATUS_OK) {
+        need(n_batches == N_PREDICT_LAYERS && end <= n_bytes);
+    }
+    else { /* the CPU stops at the first layer, if it is damaged where only a decoder sees it */
+        need(bad_block >= 0 && bad_block < N_PREDICT_LAYERS);
+        need(on_cpu[0] != KRUL_STATUS_OK || (bad_block == 1 && on_cpu[1] != KRUL_STATUS_OK));
+    }
+    krul_device_chains_free(chains);
+    krul_device_profile_free(profile);
+    free(chunk);
+}
+
 /* Two layers of one chain: AT_N_HEADS and AT_HEAD_DIM say how many bytes are the first's. */
 static void
 fuzz_predict(const uint8_t *bytes, size_t n_bytes)
@@ -423,6 +480,7 @@ fuzz_predict(const uint8_t *bytes, size_t n_bytes)
         free(data);
     }
     free(first);
+    prepare_predict(&options, bytes + CHOICE_BYTES, lengths, first_status, n_tokens);
 }
 
 int
