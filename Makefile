@@ -29,13 +29,14 @@ RUN := $(if $(filter $(VENV)/%,$(PY)),PATH="$(CURDIR)/$(VENV)/bin:$$PATH")
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.inc tests/c/*.[ch] tests/fuzz/*.[ch]) \
            $(wildcard cuda/*.cu cuda/*.cuh tests/cuda/*.h tests/cuda/*.cpp)
 
-.PHONY: help demo test bench lint build model clean
+.PHONY: help demo test bench gpu lint build model clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a conversation is saved, its process ends, another one continues it"
 	@echo "make test    every test, the documentation's examples among them"
 	@echo "make bench   the benchmarks (BENCH_FLAGS=--quick for a short look)"
+	@echo "make gpu     tests, sanitizers and benchmarks on a GPU, under 8 minutes, no network"
 	@echo "make lint    formatting, ruff, mypy, the stub against the module"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -93,6 +94,10 @@ bench: $(BENCH_READY) build model
 	$(PY) -m benchmarks.bench_codecs $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_resume $(BENCH_FLAGS)
 	$(PY) -m benchmarks.bench_restore $(BENCH_FLAGS)
+
+# With PY=python3 nothing is installed; results go to OUT, out/gpu unless it is set.
+gpu: $(TEST_READY)
+	$(RUN) PY="$(PY)" .ci/gpu $(GPU_FLAGS)
 
 lint: $(LINT_READY) build
 	$(RUN) ruff check .

@@ -89,6 +89,71 @@ def summarise(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[0], upper - lower, len(ordered))
 
 
+class Clock:
+    """Times what one device does; what `run` asks for is over before the clock stops.
+
+    Parameters
+    ----------
+    device : torch.device
+        On CUDA the events of the current stream are the clock, and the second-level cache holds
+        nothing of the last run: memory of twice its size is written between the runs, which also
+        hides the time that a launch takes. Elsewhere it is `measure`.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.device = device
+        self._flush = None
+        if device.type == "cuda":
+            about = torch.cuda.get_device_properties(device)
+            n_bytes = 2 * getattr(about, "L2_cache_size", 64 << 20)
+            self._flush = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was told."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(
+        self,
+        run: Callable[[], Any],
+        *,
+        n_runs: int = 7,
+        n_warmups: int = 2,
+        budget_s: float = 5.0,
+    ) -> Timing:
+        """Time what `run` asks of the device; see `measure` of this module."""
+        import torch
+
+        if self._flush is None:
+            return measure(run, n_runs=n_runs, n_warmups=n_warmups, budget_s=budget_s)
+        seconds: list[float] = []
+        begin = time.perf_counter()
+        for index in range(n_warmups + n_runs):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            if index >= n_warmups:
+                seconds.append(first.elapsed_time(last) * 1e-3)
+                if time.perf_counter() - begin > budget_s:
+                    break
+        return summarise(seconds)
+
+    def wall(self, run: Callable[[], Any]) -> float:
+        """Return the seconds from asking until the device is done, as who waits sees them."""
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - start
+
+
 def _first_line(*command: str) -> str:
     """Return the first line that a command prints, or "" where it cannot run."""
     if shutil.which(command[0]) is None:
@@ -139,6 +204,26 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu() -> dict[str, Any] | None:
+    """Describe the GPU that torch uses, or return None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    query = ("nvidia-smi", "--id=0", "--format=csv,noheader")
+    return {
+        "name": about.name,
+        "memory_bytes": about.total_memory,
+        "n_multiprocessors": about.multi_processor_count,
+        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "architecture": f"{about.major}{about.minor}",
+        "driver": _first_line(*query, "--query-gpu=driver_version"),
+        "link": _first_line(*query, "--query-gpu=pcie.link.gen.current,pcie.link.width.current"),
+        "torch_cuda": torch.version.cuda,
+    }
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     result = argparse.ArgumentParser(description=description)
@@ -166,6 +251,8 @@ def finish(
     is_quick: bool = False,
     path: Path | None = None,
     details: list[dict[str, Any]] | None = None,
+    about: dict[str, Any] | None = None,
+    views: Iterable[dict[str, str]] | None = None,
 ) -> Path | None:
     """Print the table, and write the results.
 
@@ -185,19 +272,24 @@ def finish(
         The JSON file; None is ``benchmarks/results/<name>.json``.
     details : list of dict or None
         Rows behind the table's, for the JSON file alone.
+    about : dict or None
+        What more the machine is described by.
+    views : iterable of dict or None
+        Print these parts of the table, each a `where` of `table`; None prints all of it.
     """
     result = {
         "benchmark": name,
         "command": " ".join(["python -m", f"benchmarks.bench_{name}", *_arguments()]),
         "is_quick": is_quick,
-        "machine": machine(),
+        "machine": machine() | (about or {}),
         "notes": list(notes),
         "columns": [list(column) for column in columns],
         "rows": rows,
     }
     if details is not None:
         result["details"] = details
-    print(table(result))
+    for where in [None] if views is None else views:
+        print(table(result, where), end="\n\n")
     for note in result["notes"]:
         print(f"- {note}")
     if path is None:
@@ -240,8 +332,11 @@ def describe(result: dict[str, Any]) -> str:
     """Return one sentence with the machine and the command, for below a table."""
     about = result["machine"]
     threads = about["n_processors"]
+    gpu_words = ""
+    if about.get("gpu"):
+        gpu_words = f"{about['gpu']['name']}, driver {about['gpu']['driver']}; "
     return (
-        f"{about['processor']}, {threads} {'core' if threads == 1 else 'cores'}; "
+        f"{gpu_words}{about['processor']}, {threads} {'core' if threads == 1 else 'cores'}; "
         f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}; "
         f"`{result['command']}`."
     )

