@@ -137,13 +137,13 @@ class CudaBuild(build_ext):
             raise RuntimeError(f"the folders of {nvcc} hold no libcudart_static.a")
 
 
-core_sources = glob("csrc/*.c") + glob("csrc/kernels/*.c") + glob("csrc/python/*.c")
-core_sources.remove("csrc/python/py_cuda.c")
+library_sources = sorted(glob("csrc/*.c") + glob("csrc/kernels/*.c"))
+binding_sources = sorted(set(glob("csrc/python/*.c")) - {"csrc/python/py_cuda.c"})
 headers = glob("csrc/*.h") + glob("csrc/*/*.h")
 extensions = [
     Extension(
         "krul._core",
-        sources=sorted(core_sources),
+        sources=library_sources + binding_sources,
         depends=sorted(headers + glob("csrc/kernels/*.inc")),
         include_dirs=[numpy.get_include()],
         define_macros=[("_GNU_SOURCE", None)],
@@ -156,13 +156,16 @@ if CUDA != "0":
     extensions.append(
         Extension(
             "krul._cuda",
-            sources=["csrc/python/py_cuda.c", "csrc/status.c"],
-            depends=sorted(headers + glob("cuda/*.cuh") + glob("cuda/*.h")),
+            # The library once more: what the kernels' host side needs of it is hidden in _core.
+            sources=["csrc/python/py_cuda.c", *library_sources],
+            depends=sorted(
+                headers + glob("csrc/kernels/*.inc") + glob("cuda/*.cuh") + glob("cuda/*.h")
+            ),
             define_macros=[("_GNU_SOURCE", None)],
             extra_compile_args=COMPILE + WARN,
             extra_link_args=LINK,
             # nvcc's launches have static variables, whose guards are C++'s.
-            libraries=["cudart_static", "rt", "dl", "stdc++"],
+            libraries=["cudart_static", "rt", "m", "dl", "stdc++"],
             optional=CUDA != "1",
         )
     )
