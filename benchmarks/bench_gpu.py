@@ -442,8 +442,8 @@ class Bench:
         self.shape = shape
         self.model = shapes.random_model(shape, self.device, self.dtype)
         # Ask the model what works with it, once; not part of any wait.
-        krul.attach(self.model)
-        probe.probe(self.model)
+        with krul.attach(self.model):
+            probe.probe(self.model)
         self.compute_limits()
 
     def task(self, task: Task) -> None:
