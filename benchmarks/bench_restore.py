@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import krul
 from krul import _core, probe
@@ -34,6 +33,7 @@ from krul.compressor import CODECS
 from krul.demo_model import load
 
 from . import bench_quality, harness, texts
+from .hidden_states import layer_inputs, make_layer
 
 Part = float | str  # an x, or the fast store
 FAST = "fast"
@@ -86,22 +86,8 @@ class HiddenStates:
 
     def __init__(self, model: Any, ids: torch.Tensor, path: Path) -> None:
         self.model = model
-        hidden: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-            for layer in model.model.layers
-        ]
-        with torch.no_grad():
-            model(ids, use_cache=False, logits_to_keep=1)
-        for hook in hooks:
-            hook.remove()
+        hidden, self.rotation = layer_inputs(model, ids)
         self.n_tokens, self.shape = ids.shape[1], (1, 1, *hidden[0].shape[1:])
-        with torch.no_grad():
-            positions = torch.arange(self.n_tokens)[None]
-            self.rotation = model.model.rotary_emb(hidden[0], positions)
         constants = _core.store_constants()
         self.entries, self.stored_bytes = [], 0
         with path.open("wb") as file:
@@ -147,14 +133,7 @@ class _HiddenSource:
     @torch.no_grad()
     def wait(self, layer: int, can_recompute: bool = False) -> None:
         self.restore.wait(layer)
-        block = self.ways.model.model.layers[layer]
-        normed = block.input_layernorm(self.states[layer][0])
-        shape = (1, self.ways.n_tokens, -1, self.ways.model.config.head_dim)
-        keys = block.self_attn.k_proj(normed).view(shape).transpose(1, 2)
-        values = block.self_attn.v_proj(normed).view(shape).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys, *self.ways.rotation)
-        for buffer, made in zip(self.cache.layers[layer]._buffers, (keys, values), strict=True):
-            buffer[:, :, : self.ways.n_tokens].copy_(made)
+        make_layer(self.ways.model, layer, self.states[layer][0], self.ways.rotation, self.cache)
 
     def cancel(self) -> None:
         self.restore.cancel()

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import krul
 from krul import _core, encode
@@ -23,6 +22,7 @@ from krul.compressor import CODECS
 from krul.restore import Source
 
 from . import harness
+from .hidden_states import layer_inputs, make_layer
 from .shapes import Shape
 
 __all__ = ["CODED", "History", "Way", "drop_pages", "raw_blocks"]
@@ -324,22 +324,8 @@ class HiddenStates:
 
     def __init__(self, history: History) -> None:
         self.history, model = history, history.model
-        hidden: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-            for layer in model.model.layers
-        ]
         ids = history.ids[:, : history.n_tokens]
-        with torch.no_grad():
-            model(ids, use_cache=False, logits_to_keep=1)
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            positions = torch.arange(history.n_tokens, device=history.device)[None]
-            self.rotation = model.model.rotary_emb(hidden[0], positions)
+        hidden, self.rotation = layer_inputs(model, ids)
         settings = history._settings(codec="exact", estimator_rows=0)
         with raw_blocks(), history.store.open("hidden", model, settings=settings) as cache:
             if cache.n_tokens == 0:
@@ -379,14 +365,7 @@ class _HiddenSource:
         self.loaded.layers[layer].wait()
         halves = (self.loaded.layers[layer].keys, self.loaded.layers[layer].values)
         states = torch.cat([half.transpose(1, 2).flatten(2) for half in halves], dim=-1)
-        block = history.model.model.layers[layer]
-        normed = block.input_layernorm(states)
-        shape = (1, history.n_tokens, -1, history.shape.head_dim)
-        keys = block.self_attn.k_proj(normed).view(shape).transpose(1, 2)
-        values = block.self_attn.v_proj(normed).view(shape).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys, *self.ways.rotation)
-        for buffer, made in zip(self.cache.layers[layer]._buffers, (keys, values), strict=True):
-            buffer[:, :, : history.n_tokens].copy_(made)
+        make_layer(history.model, layer, states, self.ways.rotation, self.cache)
 
     def cancel(self) -> None:
         self.close()

@@ -351,8 +351,8 @@ def _select(
         verdict = _measure(work, encoded, n_guard)
         seconds["guard"] += time.perf_counter() - started
         if settings.codec in ("auto", "predict"):
-            error = error_of(encoder, strategy)
-            book.add_divergence(_INTEGERS, math.sqrt(error or 0.0), verdict.mean_kl)
+            step = math.sqrt(error_of(encoder, strategy))
+            book.add_divergence(_INTEGERS, step, verdict.mean_kl)
         if verdict.accepts(settings.max_kl, settings.min_top1):
             return strategy, encoded, verdict
         notes.append(

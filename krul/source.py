@@ -105,6 +105,22 @@ class _Step(NamedTuple):
         return self.token_end - self.token_start
 
 
+def turn_of(step: _Step, n_by_layer: list[int], n_near: float = math.inf) -> tuple[int, int, int]:
+    """Return a block's place among all, when so many tokens of each layer are recomputed.
+
+    What is needed comes from the end on, so that what lies where both sides may meet stays
+    undecided the longest; the last `n_near` tokens of it, which the new prompt's pass need not wait
+    for, in the order of the layers that need it first. The rest comes from the end on, the deepest
+    layer first, in which order it may spare recomputing something; see `krul.meet`.
+    """
+    needed = [x for x in step.layers if step.token_end > n_by_layer[x]]
+    if not needed:
+        return 2, -step.token_start, -step.layers[-1]
+    if step.token_start < n_by_layer[needed[0]] + n_near:
+        return 1, needed[0], step.token_start
+    return 0, -step.token_start, needed[0]
+
+
 def _dims_and_dtype(layout: LayerLayout, kv: int) -> tuple[int, torch.dtype]:
     """Head size and dtype of a layer's K (0) or V (1)."""
     if kv == 0:
@@ -318,28 +334,11 @@ class Source:
         if forward is not None:
             prompt_s = forward.seconds(_EXPECTED_PROMPT_TOKENS, self._n_tokens)
         n_near = self._n_near(expected, prompt_s)
-        steps.sort(key=lambda step: self._turn(step, expected, n_near))
+        steps.sort(key=lambda step: turn_of(step, expected, n_near))
         if self.settings.restore != "recompute":
             self._begun = steps
         self._begun_at = time.perf_counter()
         self._begin([(step, step.buffers) for step in self._begun])
-
-    def _turn(
-        self, step: _Step, n_by_layer: list[int], n_near: float = math.inf
-    ) -> tuple[int, int, int]:
-        """Return a block's place among all, when so many tokens of each layer are recomputed.
-
-        What is needed comes from the end on, so that what lies where both sides may meet stays
-        undecided the longest; the last `n_near` tokens of it, which the new prompt's pass need not
-        wait for, in the order of the layers that need it first. The rest comes from the end on,
-        the deepest layer first, in which order it may spare recomputing something; see `krul.meet`.
-        """
-        needed = [x for x in step.layers if step.token_end > n_by_layer[x]]
-        if not needed:
-            return 2, -step.token_start, -step.layers[-1]
-        if step.token_start < n_by_layer[needed[0]] + n_near:
-            return 1, needed[0], step.token_start
-        return 0, -step.token_start, needed[0]
 
     def _n_near(self, n_by_layer: Iterable[int], prompt_s: float) -> float:
         """Return the tokens that take at least as long to read as the new prompt's pass."""
@@ -865,9 +864,7 @@ class _Meeting:
             self.n_by_layer[layer] = max([min(start, self.n_by_layer[layer]), *ends])
         steps = source._begun
         n_near = source._n_near(self.n_by_layer, sum(self.prompt_by_layer_s))
-        order = sorted(
-            range(len(steps)), key=lambda x: source._turn(steps[x], self.n_by_layer, n_near)
-        )
+        order = sorted(range(len(steps)), key=lambda x: turn_of(steps[x], self.n_by_layer, n_near))
         source._restores[0].reorder(np.array(order, np.int64))
 
     def _on_the_way(
@@ -882,7 +879,7 @@ class _Meeting:
         begins = [begin for begin, _ in columns]
         everything = [source._n_tokens] * self.n_layers
         for index in sorted(
-            range(len(source._begun)), key=lambda x: source._turn(source._begun[x], everything)
+            range(len(source._begun)), key=lambda x: turn_of(source._begun[x], everything)
         ):
             step = source._begun[index]
             column = bisect.bisect_right(begins, step.token_start) - 1
@@ -976,14 +973,7 @@ def _steps_of(
         here = [buffer.device == device for buffer in whole]
         steps.append(
             _Step(
-                layers=tuple(
-                    layer
-                    for layer in layers
-                    if any(
-                        is_here and x == layer
-                        for is_here, x in zip(here, entry.layer_of_view, strict=True)
-                    )
-                ),
+                layers=tuple(dict.fromkeys(itertools.compress(entry.layer_of_view, here))),
                 token_start=entry.token_start,
                 token_end=stop,
                 codec=entry.codec,

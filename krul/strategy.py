@@ -202,21 +202,20 @@ def strategies(
     yield exact
 
 
-def error_of(encoder: Encoder, strategy: Strategy) -> float | None:
+def error_of(encoder: Encoder, strategy: Strategy) -> float:
     """Return what a strategy does to all K and V, as relative squared errors added up.
 
-    None where a codec is not one of `_MIXED`: what others do is no noise.
+    0 where a codec is not one of `_MIXED`: what others do is no noise.
     """
-    total = 0.0
-    for codec in {name for pair in strategy.codecs for name in pair}:
-        if codec not in _MIXED:
-            return None
-        total += sum(
-            error
-            for (layer, kv), (error, _) in encoder.errors(codec).items()
-            if strategy.codecs[layer][kv] == codec
-        )
-    return total
+    used = {name for pair in strategy.codecs for name in pair}
+    if not used <= set(_MIXED):
+        return 0.0
+    return sum(
+        error
+        for codec in sorted(used)
+        for (layer, kv), (error, _) in encoder.errors(codec).items()
+        if strategy.codecs[layer][kv] == codec
+    )
 
 
 def _mixtures(
@@ -230,11 +229,10 @@ def _mixtures(
     """
     work = encoder.work
     encoder.encode(int4)  # of what is tried first, at least a part is this
-    errors = {codec: encoder.errors(codec) for codec in ("int4",)}
-    whole = sum(error for error, _ in errors["int4"].values())
+    whole = error_of(encoder, int4)
     aim = _AIM * work.settings.max_kl
     if kl_per_error is None or whole * kl_per_error <= _MOST * work.settings.max_kl:
-        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), errors["int4"])
+        pairs = _pairs_worth_sharing(encoder, _choose_pairs(work, []), encoder.errors("int4"))
         if pairs:
             yield _with_sharing(int4, pairs, "share+int4")
         verdict = yield int4
@@ -242,11 +240,8 @@ def _mixtures(
             kl_per_error = verdict.mean_kl / whole
     if kl_per_error is None or not math.isfinite(kl_per_error) or kl_per_error <= 0:
         return
-    errors["int8"] = encoder.errors("int8")
-    options = {
-        key: [(errors[codec][key][1], errors[codec][key][0]) for codec in _MIXED]
-        for key in errors["int4"]
-    }
+    errors = [encoder.errors(codec) for codec in _MIXED]
+    options = {key: [(each[key][1], each[key][0]) for each in errors] for key in errors[0]}
     for _ in range(_MAX_MIXTURES):
         chosen = least_bytes(options, aim / kl_per_error)
         if not any(chosen.values()) or all(chosen.values()):
@@ -254,8 +249,9 @@ def _mixtures(
         codecs = [list(pair) for pair in int4.codecs]
         for (layer, kv), index in chosen.items():
             codecs[layer][kv] = _MIXED[index]
-        verdict = yield Strategy(tuple((k, v) for k, v in codecs))
-        total = sum(options[key][index][1] for key, index in chosen.items())
+        mixture = Strategy(tuple((k, v) for k, v in codecs))
+        verdict = yield mixture
+        total = error_of(encoder, mixture)
         if verdict is not None and total > 0:
             # Refused though it was thought to be good enough: by divergence, or by top-1.
             kl_per_error = max(2 * kl_per_error, verdict.mean_kl / total)

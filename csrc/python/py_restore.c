@@ -301,6 +301,22 @@ restore_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
+/* Sleep until waiting for a layer would return at once; false with an exception after a signal. */
+static bool
+sleep_until_done(krul_restore *restore, int32_t layer)
+{
+    bool is_done = false;
+    while (!is_done) {
+        Py_BEGIN_ALLOW_THREADS
+        is_done = krul_restore_wait_for(restore, layer, signal_check_s);
+        Py_END_ALLOW_THREADS
+        if (!is_done && PyErr_CheckSignals() != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 PyDoc_STRVAR(restore_wait_doc, "wait($self, layer, /)\n--\n\n"
                                "Wait until a layer is in; raise what its blocks failed with.");
 
@@ -317,14 +333,8 @@ restore_wait(PyObject *object, PyObject *argument)
     }
     krul_error err;
     krul_status status = KRUL_STATUS_OK;
-    bool is_done = false;
-    while (!is_done) {
-        Py_BEGIN_ALLOW_THREADS
-        is_done = krul_restore_wait_for(self->restore, (int32_t)layer, signal_check_s);
-        Py_END_ALLOW_THREADS
-        if (!is_done && PyErr_CheckSignals() != 0) {
-            return NULL;
-        }
+    if (!sleep_until_done(self->restore, (int32_t)layer)) {
+        return NULL;
     }
     status = krul_restore_wait(self->restore, (int32_t)layer, &err);
     if (status != KRUL_STATUS_OK) {
@@ -353,14 +363,8 @@ restore_wait_stream(PyObject *object, PyObject *args)
     }
     krul_error err;
     krul_status status;
-    bool is_done = false;
-    while (!is_done) {
-        Py_BEGIN_ALLOW_THREADS
-        is_done = krul_restore_wait_for(self->restore, layer, signal_check_s);
-        Py_END_ALLOW_THREADS
-        if (!is_done && PyErr_CheckSignals() != 0) {
-            return NULL;
-        }
+    if (!sleep_until_done(self->restore, layer)) {
+        return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
     status = krul_restore_wait_stream(self->restore, layer, stream, &err);
