@@ -4,6 +4,9 @@
 #include <math.h>
 #include <stdlib.h>
 
+/* Whatever takes the restore's lock is called without the GIL: a worker that holds the lock may be in
+ * a function of a device, and that may wait for the GIL. */
+
 /* How long one wait sleeps before it looks for Ctrl-C. */
 static const double signal_check_s = 0.1;
 
@@ -336,7 +339,9 @@ restore_wait(PyObject *object, PyObject *argument)
     if (!sleep_until_done(self->restore, (int32_t)layer)) {
         return NULL;
     }
+    Py_BEGIN_ALLOW_THREADS
     status = krul_restore_wait(self->restore, (int32_t)layer, &err);
+    Py_END_ALLOW_THREADS
     if (status != KRUL_STATUS_OK) {
         return py_krul_raise(PyType_GetModuleState(Py_TYPE(object)), &err);
     }
@@ -432,7 +437,9 @@ PyDoc_STRVAR(restore_cancel_doc, "cancel($self, /)\n--\n\n"
 static PyObject *
 restore_cancel(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
+    Py_BEGIN_ALLOW_THREADS
     krul_restore_cancel(((py_restore *)object)->restore);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -444,8 +451,8 @@ static PyObject *
 restore_close(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     py_restore *self = (py_restore *)object;
-    krul_restore_cancel(self->restore);
     Py_BEGIN_ALLOW_THREADS
+    krul_restore_cancel(self->restore);
     krul_restore_join(self->restore);
     Py_END_ALLOW_THREADS
     release_arrays(self);
@@ -459,7 +466,9 @@ static PyObject *
 restore_counts(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     krul_restore_counts counts;
+    Py_BEGIN_ALLOW_THREADS
     krul_restore_read_counts(((py_restore *)object)->restore, &counts);
+    Py_END_ALLOW_THREADS
     PyObject *by_codec = PyDict_New();
     for (int codec = 0; by_codec != NULL && codec < KRUL_N_CODECS; codec++) {
         if (counts.decoded_bytes_by_codec[codec] == 0) {
@@ -502,7 +511,9 @@ restore_trace(PyObject *object, PyObject *Py_UNUSED(ignored))
         PyErr_NoMemory();
         goto done;
     }
+    Py_BEGIN_ALLOW_THREADS
     krul_restore_read_trace(self->restore, traces);
+    Py_END_ALLOW_THREADS
     double *out = PyArray_DATA((PyArrayObject *)array);
     for (int64_t i = 0; i < self->n_steps; i++) {
         out[4 * i] = traces[i].worker;
@@ -573,7 +584,9 @@ restore_limit(PyObject *object, PyObject *argument)
         return PyErr_Format(PyExc_ValueError, "max_bytes_per_s is %R but must be 0 or more",
                             argument);
     }
+    Py_BEGIN_ALLOW_THREADS
     krul_restore_limit(((py_restore *)object)->restore, max_bytes_per_s);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
