@@ -756,16 +756,24 @@ class Source:
         """
         for restore in self._restores:
             restore.abandon()
-        threading.Thread(target=self.close, name="krul-abandoned", daemon=True).start()
-
-    def close(self) -> None:
-        """Cancel what is under way, wait for the threads, close the files."""
-        for restore in self._restores:
-            restore.close()
         if not self._is_closed:
             self._is_closed = True
-            self.costs.add_restore(self.counts(), self.settings.max_read_bytes_per_s)
-            self.costs.save()
+            threading.Thread(target=self._end, name="krul-abandoned", daemon=True).start()
+
+    def close(self) -> None:
+        """Cancel what is under way, wait for the threads, close the files.
+
+        Once only; what was abandoned is not waited for.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._end()
+
+    def _end(self) -> None:
+        for restore in self._restores:
+            restore.close()
+        self.costs.add_restore(self.counts(), self.settings.max_read_bytes_per_s)
+        self.costs.save()
         self._drop_files(0)
 
     def report(self) -> RestoreReport:

@@ -420,8 +420,10 @@ class ConversationFiles:
         try:
             if segment_name is not None:
                 fd = _open_file(directory_fd, segment_name)
-                crc32c = _header_crc32c(fd)
-                os.close(fd)
+                try:
+                    crc32c = _header_crc32c(fd)
+                finally:
+                    os.close(fd)
                 manifest = _with_last_segment(manifest, segment_name, segment_bytes, crc32c)
             manifest_entries, manifest_payloads = encode_manifest(manifest)
             if is_damaged:

@@ -408,6 +408,44 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
     assert max(report.n_recomputed_by_layer) == N_HISTORY
 
 
+def n_files_open(folder):
+    """How many of this process's open files lie in a folder."""
+    return sum(
+        os.path.realpath(f"/proc/self/fd/{fd}").startswith(folder)
+        for fd in os.listdir("/proc/self/fd")
+    )
+
+
+class Hanging:
+    """A restore whose last read ends when it is told to."""
+
+    def __init__(self, restore):
+        self._restore, self.may_end = restore, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._restore, name)
+
+    def close(self):
+        assert self.may_end.wait(20)
+        self._restore.close()
+
+
+def test_what_was_abandoned_is_not_waited_for_and_its_files_are_closed_once(store, llama):
+    saved(store, llama)
+    cache = reopened(store, llama, "load", max_read_bytes_per_s=1e5)
+    source = cache.source
+    hanging = source._restores[0] = Hanging(source._restores[0])
+    n_open = n_files_open(store.files("chat").path)
+    source.abandon()
+    (thread,) = [t for t in threading.enumerate() if t.name == "krul-abandoned"]
+    cache.close()
+    source.close()
+    assert n_files_open(store.files("chat").path) == n_open > 0, "they may still be read"
+    hanging.may_end.set()
+    thread.join(20)
+    assert n_files_open(store.files("chat").path) == 0
+
+
 def test_a_store_that_becomes_slower_but_not_slower_than_recomputing(store, llama):
     saved(store, llama)
     with reopened(store, llama, "load", max_read_bytes_per_s=1e8) as cache:

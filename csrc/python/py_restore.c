@@ -26,14 +26,15 @@ typedef struct py_restore {
 static void
 release_arrays(py_restore *self)
 {
-    for (Py_ssize_t i = 0; i < self->n_arrays; i++) {
-        py_krul_release(&self->arrays[i]);
+    /* Each is taken out before it is released: that may let another thread in here. */
+    while (self->n_arrays > 0) {
+        self->n_arrays--;
+        py_krul_release(&self->arrays[self->n_arrays]);
     }
-    for (Py_ssize_t i = 0; i < self->n_payloads; i++) {
-        PyBuffer_Release(&self->payloads[i]);
+    while (self->n_payloads > 0) {
+        self->n_payloads--;
+        PyBuffer_Release(&self->payloads[self->n_payloads]);
     }
-    self->n_arrays = 0;
-    self->n_payloads = 0;
 }
 
 /* The view of an array, borrowed when it is seen for the first time; NULL with an exception. */
