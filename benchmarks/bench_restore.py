@@ -79,6 +79,36 @@ class Way:
     stored_bytes: float
     counted_bytes: float
     max_kl: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no restore is faster than, in seconds.
+
+    `recompute_s` and `prompt_s` are those of history and prompt, and of the prompt over a history
+    that is there; `tail_s` is what is left of the latter when the deepest layer's K and V are in.
+    """
+
+    recompute_s: float
+    prompt_s: float
+    tail_s: float
+
+    def bound_s(self, load_s: float, decode_s: float) -> float:
+        """Return T*: the best split of what is read in `load_s` and decoded in `decode_s`.
+
+        Recomputing a part, decoding the rest and the new prompt share the processors; what is read
+        comes beside them, and the last of it before the tail. Both sides end at once.
+        """
+        history_s = self.recompute_s - self.prompt_s
+        gained_s = load_s + self.tail_s - self.prompt_s - decode_s
+        part = 0.0
+        if gained_s > 0:
+            part = gained_s / max(gained_s, history_s - decode_s + load_s)
+        return max(
+            part * history_s + self.prompt_s + (1 - part) * decode_s,
+            (1 - part) * load_s + self.tail_s,
+        )
 
 
 class HiddenStates:
@@ -195,6 +225,15 @@ class Bench:
                 cache.crop(-N_PROMPT)
             return store, cache.save().stored_bytes
 
+    def decode_s(self, store: krul.Store) -> float:
+        """Return what decoding the history takes of all processors when nothing else does."""
+        found = []
+        for _ in range(2):
+            with store.open("history", self.model, settings=krul.Settings(restore="load")) as cache:
+                cache.restore()
+                found.append(cache.restore_report.seconds_by_stage["decode"])
+        return min(found) / torch.get_num_threads()
+
     def ways(self, n_tokens: int) -> list[Way]:
         """Save the history in every form and return how it comes back."""
         config = self.model.config
@@ -217,17 +256,22 @@ class Bench:
 
             return open_it
 
+        def whole(name: str, restore: Callable[[float], Any]) -> Way:
+            return Way(name, restore, exact_bytes, bf16_bytes, decode_s=exact_s)
+
+        exact_s = self.decode_s(exact)
         found = [
-            Way("load, then run", opened(exact, "load", True), exact_bytes, bf16_bytes),
-            Way("load, layer by layer", opened(exact, "load"), exact_bytes, bf16_bytes),
+            whole("load, then run", opened(exact, "load", True)),
+            whole("load, layer by layer", opened(exact, "load")),
             Way(
                 "fixed pairs, layer by layer",
                 opened(pairs, "load"),
                 pairs_bytes,
                 0.75 * bf16_bytes,
                 max_kl=math.inf,
+                decode_s=self.decode_s(pairs),
             ),
-            Way("from both ends, uncompressed", opened(exact, "uniform"), exact_bytes, bf16_bytes),
+            whole("from both ends, uncompressed", opened(exact, "uniform")),
             Way("hidden states", hidden.open, hidden.stored_bytes, hidden_bytes),
         ]
         chosen, chosen_bytes = self.save(n_tokens, "share", codec="share", share_ratio=0.75)
@@ -238,12 +282,20 @@ class Bench:
                 chosen_bytes,
                 0.75 * bf16_bytes,
                 max_kl=math.inf,
+                decode_s=self.decode_s(chosen),
             )
         )
         for codec in ("int8", "int4", *(["predict"] if self.profile else [])):
             store, n_bytes = self.save(n_tokens, codec, codec=codec, estimator_rows=0)
             found.append(
-                Way(f"krul {codec}", opened(store, "auto"), n_bytes, n_bytes, max_kl=math.inf)
+                Way(
+                    f"krul {codec}",
+                    opened(store, "auto"),
+                    n_bytes,
+                    n_bytes,
+                    max_kl=math.inf,
+                    decode_s=self.decode_s(store),
+                )
             )
         return found
 
@@ -296,9 +348,9 @@ class Bench:
         xs = [x for x in parts if not isinstance(x, str)]
         if not xs:
             return
-        # What no restore is faster than: the new prompt's pass over a cache that is there.
         with self.run(krul.Cache(model=self.model), n_tokens) as cache:
-            prompt_s = min(_prompt_s(self, cache, n_tokens) for _ in range(3))
+            passes = [_prompt_pass(self, cache, n_tokens) for _ in range(3)]
+        limits = Limits(recompute_s, *(min(seconds) for seconds in zip(*passes, strict=True)))
         bf16_bytes = next(way for way in ways if way.name.startswith("load")).counted_bytes
         for x in xs:
             print(f"{n_tokens:,} tokens, x = {x:g} ...", file=sys.stderr, flush=True)
@@ -314,9 +366,7 @@ class Bench:
                 }
             )
             for way in ways:
-                self.rows.append(
-                    base | self.one_way(way, n_tokens, rate, expected, recompute_s, prompt_s)
-                )
+                self.rows.append(base | self.one_way(way, n_tokens, rate, expected, limits))
 
     def one_way(
         self,
@@ -324,8 +374,7 @@ class Bench:
         n_tokens: int,
         rate: float,
         expected: torch.Tensor,
-        recompute_s: float,
-        prompt_s: float,
+        limits: Limits,
     ) -> dict[str, Any]:
         """Check a way, then time it."""
         limit = rate * way.stored_bytes / way.counted_bytes
@@ -344,18 +393,18 @@ class Bench:
                 mean_kl <= way.max_kl or error <= CLOSE,
                 f"{way.name} at {n_tokens} tokens: logits are off by {error}, KL {mean_kl}",
             )
-        # The best split of these bytes: both sides end at once, and the prompt comes after one.
-        load_s, history_s = way.counted_bytes / rate, recompute_s - prompt_s
-        bound_s = max(prompt_s, load_s * (history_s + prompt_s) / (history_s + load_s))
+        bound_s = limits.bound_s(way.counted_bytes / rate, way.decode_s)
         first_token_s = statistics.median(seconds)
         n_recomputed = report.n_recomputed_by_layer
         return {
             "way": way.name,
             "first_token_s": first_token_s,
             "minimum_s": min(seconds),
-            "prompt_s": prompt_s,
+            "prompt_s": limits.prompt_s,
+            "tail_s": limits.tail_s,
+            "decode_s": way.decode_s,
             "n_runs": len(seconds),
-            "faster_than_recompute": recompute_s / first_token_s,
+            "faster_than_recompute": limits.recompute_s / first_token_s,
             "bound_s": bound_s,
             "times_bound": first_token_s / bound_s,
             "counted_bytes": way.counted_bytes,
@@ -371,10 +420,26 @@ def touch_memory(n_bytes: int = 1 << 30) -> None:
     torch.zeros(n_bytes, dtype=torch.uint8)
 
 
-def _prompt_s(bench: Bench, cache: krul.Cache, n_tokens: int) -> float:
-    seconds = _seconds(lambda: bench.first_token(cache, n_tokens))
+def _prompt_pass(bench: Bench, cache: krul.Cache, n_tokens: int) -> tuple[float, float]:
+    """Return what a prompt over a cache takes, and what is left of it after the last update."""
+    updated_s = [0.0]
+    update = cache.update
+
+    def note(*args: Any, **options: Any) -> Any:
+        result = update(*args, **options)
+        updated_s.append(time.perf_counter())
+        return result
+
+    touch_memory()
+    cache.update = note  # type: ignore[method-assign]
+    try:
+        start = time.perf_counter()
+        bench.first_token(cache, n_tokens)
+        end = time.perf_counter()
+    finally:
+        del cache.update
     cache.crop(-N_PROMPT)
-    return seconds
+    return end - start, end - updated_s[-1]
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -468,8 +533,9 @@ def main() -> None:
         f"{texts.digest(bench.words)}...); the first token after {N_PROMPT} new ones. The limit is "
         "a real one: threads read and then wait.",
         "x: seconds to recompute the history by seconds to read its K/V as 16-bit numbers. "
-        "The bound is the best split of recomputing and of reading a way's own bytes, with the new "
-        "prompt's pass after the recomputed part.",
+        "The bound is the best split: recomputing a part, decoding the rest and the prompt's pass "
+        "share the processors; a way's own bytes are read beside that, the last of them before "
+        "the deepest layer's attention.",
         "Fixed pairs change what the model says (see mean KL); the other uncompressed ways give "
         "its logits to float rounding.",
         f"The fast store has no limit and is in the page cache: medians of {N_FAST_RUNS}, each run "
