@@ -81,9 +81,9 @@ struct krul_restore {
 /* The most that one read is made to last, so that any rate gives a time that a clock can hold. */
 static const double max_read_s = 1e6;
 
-/* Blocks are asked for ahead, so that the way to the store is not idle when a worker comes this late,
- * which processors that are busy with the model make it do. A limit on bytes allows for it. */
-static const double max_late_s = 10e-3;
+/* So many blocks are asked for ahead, so that the way to the store is not idle when a worker comes
+ * late, which processors that are busy with the model make it do. A limit on bytes allows for it. */
+enum { N_AHEAD = 8 };
 
 /* A read that takes longer than this and a memory's copy is of a store where asking ahead pays. */
 static const double slow_read_s = 50e-6, memory_bytes_per_s = 2e9;
@@ -121,7 +121,7 @@ static double
 reserve_link(krul_restore *restore, double begin_s, double n_bytes, double bytes_per_s)
 {
     double wanted_s = bytes_per_s > 0 ? n_bytes / bytes_per_s : 0;
-    double since_s = restore->machine != NULL ? begin_s : begin_s - max_late_s;
+    double since_s = restore->machine != NULL ? begin_s : begin_s - N_AHEAD * wanted_s;
     double from_s = since_s > restore->link_free_s ? since_s : restore->link_free_s;
     restore->link_free_s = from_s + (wanted_s < max_read_s ? wanted_s : max_read_s);
     return restore->link_free_s;
@@ -248,11 +248,11 @@ finish_step(krul_restore *restore, int64_t index, const krul_view *views, const 
     pthread_cond_broadcast(&restore->has_changed);
 }
 
-/* What a worker will read when all have read what they are at; a fd of -1 where that is nothing. */
+/* What comes to be read N_AHEAD blocks from now; a fd of -1 where that is nothing. */
 static krul_restore_step
 coming_step(const krul_restore *restore)
 {
-    int64_t place = restore->next_step + restore->n_workers;
+    int64_t place = restore->next_step + N_AHEAD;
     krul_restore_step none = {.fd = -1};
     if (!restore->is_slow || restore->is_cancelled || place >= restore->n_steps ||
         restore->states[restore->order[place]] != STEP_WAITING) {
