@@ -74,13 +74,13 @@ def _pairs_worth_sharing(
         start = min(max(start, encoder.work.settings.keep_first), end)
         for kv in (KEY, VALUE):
             tensors = tuple(
-                on_cpu(encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS)))
+                encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS))
                 for layer in pair
             )
             jobs.append((CODECS["share+int4"], kv, tensors))
             keys.append((pair, kv))
     good = dict.fromkeys(pairs, True)
-    results = _core.encode_blocks(jobs, encoder.work.settings.n_threads)
+    results = encoder.run_jobs(jobs)
     for (pair, kv), (_, used, error, power) in zip(keys, results, strict=True):
         limit = max(int4_errors[layer, kv][0] for layer in pair)
         relative = error / power if power > 0 else 0.0

@@ -38,7 +38,7 @@ typedef struct compressor_call {
     PyObject *items; /* a tuple of ours: foreign code cannot empty it */
     compressor_job *jobs;
     Py_ssize_t n_jobs;
-    krul_device_event *events; /* what is encoded on a device comes after them */
+    krul_device_event *events; /* what is encoded on a device comes after them; NULL: nothing is */
     int32_t n_events;
 } compressor_call;
 
@@ -193,9 +193,10 @@ borrow_arrays(compressor_call *call, Py_ssize_t index, PyObject *arrays, bool is
             continue;
         }
         PyOS_snprintf(name, sizeof name, "jobs[%lld] array %d", (long long)index, i);
-        py_krul_access access = is_output                      ? PY_KRUL_OUTPUT
-                                : call->state->devices == NULL ? PY_KRUL_INPUT
-                                                               : PY_KRUL_INPUT_ANYWHERE;
+        bool is_anywhere = call->events != NULL && call->state->devices != NULL;
+        py_krul_access access = is_output     ? PY_KRUL_OUTPUT
+                                : is_anywhere ? PY_KRUL_INPUT_ANYWHERE
+                                              : PY_KRUL_INPUT;
         if (py_krul_borrow(call->state, array, name, access, &job->borrowed[i]) != 0) {
             goto done;
         }
@@ -280,7 +281,7 @@ run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwar
     static char *encode_names[] = {"jobs", "n_threads", "backend", "events", NULL};
     PyObject *jobs;
     PyObject *backend = Py_None;
-    PyObject *events = NULL;
+    PyObject *events = Py_None;
     call->state = py_krul_state_of(module);
     if (is_decoding
             ? !PyArg_ParseTupleAndKeywords(args, kwargs, "O|iO:decode_blocks", decode_names, &jobs,
@@ -289,7 +290,7 @@ run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwar
                                            &call->n_threads, &backend, &events)) {
         return -1;
     }
-    if (events != NULL && py_krul_events(events, &call->events, &call->n_events) != 0) {
+    if (events != Py_None && py_krul_events(events, &call->events, &call->n_events) != 0) {
         return -1;
     }
     if (call->n_threads < 0 || call->n_threads > KRUL_POOL_MAX_THREADS) {
@@ -338,12 +339,12 @@ run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwar
 }
 
 PyDoc_STRVAR(encode_blocks_doc,
-             "encode_blocks($module, /, jobs, n_threads=0, backend=None, events=())\n--\n\n"
+             "encode_blocks($module, /, jobs, n_threads=0, backend=None, events=None)\n--\n\n"
              "Encode blocks in parallel; jobs are (codec, kv, arrays), arrays one or two of\n"
              "n_batch x n_heads x n_tokens x head_dim. One (payload, codec_used, error_sum,\n"
-             "power_sum) for each: sum |x - decoded|^2 and sum |x|^2. Arrays may be on a CUDA device,\n"
-             "which then encodes them after these events, [(device, address), ...]; a str in place of\n"
-             "a tuple says why it did not, and the CPU may.");
+             "power_sum) for each: sum |x - decoded|^2 and sum |x|^2. With events, a list of (device,\n"
+             "address), arrays may be on a CUDA device, which encodes them after these; a str in\n"
+             "place of a tuple says why it did not, and the CPU may.");
 
 static PyObject *
 encode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
