@@ -96,8 +96,13 @@ py_krul_events(PyObject *object, krul_device_event **out, int32_t *n_events)
     for (Py_ssize_t i = 0; i < n_items; i++) {
         PyObject *address;
         int device_id;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(items, i), "iO;an item is (device, address)",
-                              &device_id, &address)) {
+        PyObject *item = PyTuple_GET_ITEM(items, i);
+        if (!PyTuple_Check(item)) {
+            PyErr_Format(PyExc_TypeError, "an item is a %s but must be a tuple (device, address)",
+                         Py_TYPE(item)->tp_name);
+            goto done;
+        }
+        if (!PyArg_ParseTuple(item, "iO;an item is (device, address)", &device_id, &address)) {
             goto done;
         }
         found[i].device_id = device_id;
