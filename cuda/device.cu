@@ -278,15 +278,31 @@ extern "C" const krul_device_ops *
 krul_cuda_ops(void)
 {
     static const krul_device_ops ops = {
-        KRUL_DEVICE_ABI,   KRUL_DEVICE_CUDA,  "CUDA device",
-        device_open,       device_close,      pinned_new,
-        pinned_free,       memory_new,        memory_free,
-        stream_new,        stream_free,       stream_synchronize,
-        event_new,         event_free,        event_record,
-        event_synchronize, stream_wait_event, copy_in,
-        copy_out,          nullptr, /* what is done on the host is in krul._core */
-        nullptr,           nullptr,           decode,
-        encode,            observe,
+        KRUL_DEVICE_ABI,
+        KRUL_DEVICE_CUDA,
+        "CUDA device",
+        device_open,
+        device_close,
+        pinned_new,
+        pinned_free,
+        memory_new,
+        memory_free,
+        stream_new,
+        stream_free,
+        stream_synchronize,
+        event_new,
+        event_free,
+        event_record,
+        event_synchronize,
+        stream_wait_event,
+        copy_in,
+        copy_out,
+        nullptr, /* what is done on the host is in krul._core */
+        nullptr,
+        nullptr,
+        decode,
+        encode,
+        observe,
     };
     return &ops;
 }

@@ -1,9 +1,9 @@
 """Which device each layer of a model is on, and the way between it and the memory of the CPU.
 
-Where `krul._cuda` is, a CUDA device encodes, decodes and observes by itself: blocks go to it and come
-from it as they are stored. For other devices, and where there is no room, the C library works in the
-memory of the CPU: what a layer holds is copied there piece by piece, and what was decoded for it
-lands there and goes on when all of it is in.
+Where `krul._cuda` is, a CUDA device encodes, decodes and observes by itself: blocks go to it and
+come from it as they are stored. For other devices, and where there is no room, the C library works
+in the memory of the CPU: what a layer holds is copied there piece by piece, and what was decoded
+for it lands there and goes on when all of it is in.
 """
 
 from __future__ import annotations

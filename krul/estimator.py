@@ -626,7 +626,7 @@ class Estimator:
         return layers, None if is_real.all() else is_real
 
     def _add_device_moments(self, forward: _Forward) -> None:
-        """Do what `_add_moments` does on the device, in the model's stream; nothing is waited for."""
+        """Do what `_add_moments` does on the device, in the model's stream; nothing waits."""
         for layer, seen in forward.layers.items():
             self._is_pre_rotary[layer] &= seen.pre_rotary is not None
             queries = seen.pre_rotary if self._is_pre_rotary[layer] else seen.queries

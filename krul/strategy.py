@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Generator
 from typing import Any
 
-from . import _core, blas, selector
+from . import blas, selector
 from .allocate import least_bytes
 from .compressor import CODECS
-from .device import on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Strategy, Work
 from .guard import Verdict
 

@@ -2,8 +2,8 @@
 
 So the whole way of a restore onto a device runs, from torch's tensors by DLPack to the decoded
 blocks in them: chunks, batches, layers, damage and lack of memory. So do saves, which a device
-encodes, and what estimators see. Nothing here is late or out of order; that is the affair of the fake
-device in ``tests/c``.
+encodes, and what estimators see. Nothing here is late or out of order; that is the affair of the
+fake device in ``tests/c``.
 """
 
 from __future__ import annotations
@@ -298,7 +298,6 @@ class _Fake:
                 if view.data:
                     found = view.array()
                     found[...] = one[:, :, : found.shape[2]]
-
 
     def encode(self, batch: _Coding, plan: int, payloads: int, results: int) -> None:
         """Encode the blocks of a batch, from what the library has written of them."""

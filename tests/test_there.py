@@ -41,7 +41,7 @@ def llama():
 
 
 def stored(path, model, ids, settings, change=None, before_save=None):
-    """Save a conversation; return the report, the segment's bytes, and K and V as they come back."""
+    """Save a conversation; return report, the segment's bytes, and K and V as they come back."""
     with krul.Store(path) as store:
         with store.open("chat", model, settings=settings) as cache:
             with torch.no_grad():
@@ -121,7 +121,7 @@ def test_little_room_makes_small_groups_and_none_leaves_it_to_the_cpu(tmp_path, 
 
 
 def forget_stations():
-    """Have what waits for its next use thrown away, memory and all: a device that failed is left."""
+    """Have what waits for its next use thrown away: nothing is kept of a device that failed."""
     ids = torch.zeros(1, 1, 4, 8, device=elsewhere.device())
     fake.is_broken = True
     for index in range(2):
@@ -197,9 +197,7 @@ def assert_alike(found, wanted):
 
 def seen(path, model, ids, n_new=40, **options):
     with krul.Store(path) as store, store.open("chat", model) as cache:
-        model.generate(
-            ids, past_key_values=cache, max_new_tokens=n_new, do_sample=False, **options
-        )
+        model.generate(ids, past_key_values=cache, max_new_tokens=n_new, do_sample=False, **options)
         return cache.estimator.result()
 
 
