@@ -173,6 +173,7 @@ class Observer:
         n_rows: npt.NDArray[np.float64],
     ) -> None: ...
 
+@final
 class Restore:
     def __new__(
         cls,

@@ -217,9 +217,7 @@ class _Watch:
         if not file.has_rotary:
             before = None
         elif unrotated is None:
-            before = take_rows(
-                queries, rows
-            )  # a layer without rotary embedding in a file that has it
+            before = take_rows(queries, rows)  # no rotary embedding, in a file that has it
         else:
             before = file.unrotated_rows(unrotated, queries, rows)
         self.estimator.collect(
