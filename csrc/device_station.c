@@ -65,7 +65,6 @@ krul_station_take(krul_station_shelf *shelf, int32_t device_id, krul_station **o
         if ((*link)->device_id == device_id) {
             station = *link;
             *link = station->next;
-            shelf->n_idle--;
             break;
         }
     }
@@ -98,13 +97,16 @@ krul_station_give(krul_station *station)
     }
     krul_station_shelf *shelf = station->shelf;
     krul_station *unwanted = station;
+    int32_t n_idle = 0;
     krul_status status = station->ops->stream_synchronize(station->device, station->stream, NULL);
     if (krul_station_note(station, status) == KRUL_STATUS_OK && !station->has_failed) {
         pthread_mutex_lock(&shelf->lock);
-        if (shelf->n_idle < shelf->max_idle) {
+        for (const krul_station *idle = shelf->idle; idle != NULL; idle = idle->next) {
+            n_idle += idle->device_id == station->device_id;
+        }
+        if (n_idle < shelf->max_idle) {
             station->next = shelf->idle;
             shelf->idle = station;
-            shelf->n_idle++;
             unwanted = NULL;
         }
         pthread_mutex_unlock(&shelf->lock);

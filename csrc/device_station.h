@@ -29,9 +29,8 @@ typedef struct krul_station {
 /* Stations that wait, of all devices of a pool. */
 typedef struct krul_station_shelf {
     const krul_device_ops *ops;
+    int32_t max_idle; /* of a device */
     pthread_mutex_t lock; /* guards the rest */
-    int32_t n_idle;
-    int32_t max_idle;
     krul_station *idle;
 } krul_station_shelf;
 

@@ -703,7 +703,7 @@ typedef struct krul_device_event {
 typedef struct krul_device_pool_options {
     size_t chunk_bytes; /* of pinned memory, and of the device's, that are copied at once */
     int32_t n_chunks; /* of a restore and device */
-    int32_t n_idle; /* most restores, and most other users, whose memory is kept */
+    int32_t n_idle; /* most restores, and of each device most other users, whose memory is kept */
 } krul_device_pool_options;
 
 /* Takes no memory of any device yet. options NULL: all usual. */

@@ -228,9 +228,9 @@ def record_use(buffer: torch.Tensor) -> None:
 
 
 def take_rows(tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """Return some of a tensor's third axis; a CUDA device is not waited for."""
+    """Return a copy of some of a tensor's third axis; a CUDA device is not waited for."""
     if len(rows) == 1:
-        return tensor[:, :, rows[0] : rows[0] + 1]
+        return tensor[:, :, rows[0] : rows[0] + 1].clone()
     if tensor.device.type != "cuda":
         return tensor[:, :, rows]
     # An index of the CPU's would be copied by a call that waits for the device.

@@ -139,6 +139,16 @@ class _Forward:
                 seen.queries, seen.keys = _on_cpu(seen.queries), _on_cpu(seen.keys)
             self.device = None
 
+    def read_masks(self) -> None:
+        """Have masks read that could not be before; layers may share one."""
+        read: dict[int, tuple[Any, np.ndarray]] = {}
+        for seen in self.layers.values():
+            if callable(seen.visible):
+                key = id(seen.visible)
+                if key not in read:
+                    read[key] = (seen.visible, seen.visible())
+                seen.visible = read[key][1]
+
 
 # Most memory of one estimator unless told otherwise.
 _MAX_BYTES = 100_000_000
@@ -407,6 +417,7 @@ class Estimator:
         n_tokens = longest if n_past is None else max(longest, n_past + forward.n_queries)
         self.n_tokens = n_tokens
         if forward.device is None:
+            forward.read_masks()
             self.wait()
         else:
             from .device import Marks
@@ -442,13 +453,7 @@ class Estimator:
             self._add_moments(forward)
         else:
             forward.marks.follow()
-        visible: dict[int, Any] = {}
-        for seen in forward.layers.values():
-            if callable(seen.visible):  # which layers may share
-                key = id(seen.visible)
-                if key not in visible:
-                    visible[key] = (seen.visible, seen.visible())
-                seen.visible = visible[key][1]
+            forward.read_masks()
         positions = np.ascontiguousarray(forward.rows + (n_tokens - forward.n_queries), np.int64)
         layers, is_real = self._describe(forward, positions, n_tokens)
         sums.grow(n_tokens)
@@ -504,7 +509,7 @@ class Estimator:
         for sums in (self._prefill, self._decode):
             try:
                 sums.read()
-            except DeviceError as lost:
+            except (DeviceError, MemoryError) as lost:
                 self._note(f"what a device had summed is lost: {lost}")
             sums.observer = sums.device = None
 
@@ -513,7 +518,7 @@ class Estimator:
         try:
             for sums in (self._prefill, self._decode):
                 sums.read()
-        except DeviceError as error:
+        except (DeviceError, MemoryError) as error:
             self._give_devices_up(error)
 
     def abandon(self, reason: str | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .device import is_elsewhere, take_rows
+from .device import is_direct, take_rows
 from .errors import UnsupportedModelError
 from .estimator import Estimator
 
@@ -256,7 +256,7 @@ class _Watch:
 
 def _look_at_mask(mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> Any:
     """Read a mask, or return a function that does: reading it here would wait for its device."""
-    if not isinstance(mask, torch.Tensor) or not is_elsewhere(mask):
+    if not isinstance(mask, torch.Tensor) or not is_direct(mask.device):
         return _read_mask(mask, rows, n_queries, n_keys)
     if mask.dim() == 4 and mask.shape[2] == n_queries:
         mask, rows, n_queries = take_rows(mask, rows), np.arange(len(rows)), len(rows)

@@ -601,6 +601,7 @@ def install(monkeypatch: Any) -> str:
     """Have krul use the table for tensors of `elsewhere`; return why that cannot be, if so."""
     import krul.device
     import krul.encode
+    import krul.observe
     import krul.save
     import krul.source
 
@@ -612,7 +613,7 @@ def install(monkeypatch: Any) -> str:
     fake.calm()
     monkeypatch.setattr(Elsewhere, "__dlpack__", _export)
     monkeypatch.setattr(Elsewhere, "__dlpack_device__", lambda self: (_CUDA, self.device.index))
-    for module in (krul.device, krul.encode, krul.source):
+    for module in (krul.device, krul.encode, krul.observe, krul.source):
         monkeypatch.setattr(module, "is_direct", lambda device: device.type == "elsewhere")
     for module in (krul.device, krul.save):
         monkeypatch.setattr(module, "Marks", _Marks)

@@ -318,6 +318,23 @@ def test_no_room_on_the_device_leaves_it_to_the_cpu(tmp_path, llama):
     assert fake.n_observed == 0
 
 
+def test_no_room_to_read_what_was_summed(llama, tmp_path):
+    model = move(llama, elsewhere.device())
+    ids = models.token_ids(1, N_HISTORY).to(elsewhere.device())
+    forget_stations()
+    with krul.Store(tmp_path / "store") as store, store.open("chat", model) as cache:
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.estimator.wait()
+            fake.most_bytes = 0
+            found = cache.estimator.result()
+            assert "is lost: there is none left" in found.skipped
+            assert found.n_prefill_rows == 0
+            model(ids, past_key_values=cache)  # from now on the CPU does it
+        assert cache.estimator.result().n_prefill_rows == N_HISTORY
+    assert fake.n_observed == 1
+
+
 def test_a_device_that_fails_while_it_observes(tmp_path, llama):
     ids = models.token_ids(1, N_HISTORY)
     wanted = seen(tmp_path / "cpu", llama, ids)
