@@ -68,9 +68,11 @@ check_n_views(const krul_codec_ops *ops, int n_views, krul_error *err)
     return KRUL_STATUS_OK;
 }
 
-/* Are the views of one shape and dtype, on the CPU? Data is looked at where it is not NULL. */
+/* Are the views of one shape and dtype, on this type of device? Data is looked at where it is not
+ * NULL. */
 static krul_status
-check_views(const krul_view *views, int n_views, bool is_output, krul_error *err)
+check_views(const krul_view *views, int n_views, krul_device_type device_type, bool is_output,
+            krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     if (n_views < 1 || n_views > KRUL_COMPRESSOR_MAX_VIEWS) {
@@ -89,10 +91,10 @@ check_views(const krul_view *views, int n_views, bool is_output, krul_error *err
         else {
             KRUL_TRY(krul_view_check(&checked, view_names[i], err));
         }
-        if (checked.device_type != KRUL_DEVICE_CPU) {
+        if (checked.device_type != device_type) {
             return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
-                             "%s is on device type %d but codecs work on the CPU (%d) only",
-                             view_names[i], (int)checked.device_type, (int)KRUL_DEVICE_CPU);
+                             "%s is on device type %d but the codec works on %d", view_names[i],
+                             (int)checked.device_type, (int)device_type);
         }
         if (checked.dtype != views[0].dtype) {
             return krul_fail(err, KRUL_STATUS_BAD_DTYPE, "views[0] is %s but %s is %s",
@@ -160,7 +162,7 @@ krul_compressor_bound(const krul_view *views, int n_views, size_t *n_bytes_out, 
 {
     krul_status status = KRUL_STATUS_OK;
     size_t largest = 0;
-    KRUL_TRY(check_views(views, n_views, false, err));
+    KRUL_TRY(check_views(views, n_views, KRUL_DEVICE_CPU, false, err));
     for (size_t i = 0; i < KRUL_LENGTH(codecs); i++) {
         if (!takes_n_views(codecs[i], n_views) || codecs[i]->bound == NULL) {
             continue;
@@ -200,6 +202,23 @@ done:
 }
 
 krul_status
+krul_compressor_check(krul_codec codec, krul_kv kv, const krul_view *views, int n_views,
+                      krul_device_type device_type, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    const krul_codec_ops *ops = find_codec(codec);
+    if (ops == NULL) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "codec is %d, which is no codec", (int)codec);
+    }
+    KRUL_TRY(check_is_alone(ops, err));
+    KRUL_TRY(check_kv(kv, err));
+    KRUL_TRY(check_views(views, n_views, device_type, false, err));
+    KRUL_TRY(check_n_views(ops, n_views, err));
+done:
+    return status;
+}
+
+krul_status
 krul_compressor_encode(const krul_backend *backend, krul_codec codec, krul_kv kv,
                        const krul_view *views, int n_views, uint8_t *payload_out,
                        size_t capacity_bytes, size_t *n_bytes_out, krul_codec *codec_out,
@@ -211,13 +230,7 @@ krul_compressor_encode(const krul_backend *backend, krul_codec codec, krul_kv kv
     double error[2] = {0, 0};
     size_t n_bytes = 0;
     bool fits = false;
-    if (ops == NULL) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "codec is %d, which is no codec", (int)codec);
-    }
-    KRUL_TRY(check_is_alone(ops, err));
-    KRUL_TRY(check_kv(kv, err));
-    KRUL_TRY(check_views(views, n_views, false, err));
-    KRUL_TRY(check_n_views(ops, n_views, err));
+    KRUL_TRY(krul_compressor_check(codec, kv, views, n_views, KRUL_DEVICE_CPU, err));
     KRUL_TRY(check_disjoint(payload_out, capacity_bytes, views, n_views, err));
     KRUL_TRY(encode_with(ops, &block, payload_out, capacity_bytes, &n_bytes, &fits, error, err));
     if (!fits) {
@@ -253,7 +266,7 @@ krul_compressor_decode(const krul_backend *backend, krul_codec codec, krul_kv kv
     }
     KRUL_TRY(check_is_alone(ops, err));
     KRUL_TRY(check_kv(kv, err));
-    KRUL_TRY(check_views(views, n_views, true, err));
+    KRUL_TRY(check_views(views, n_views, KRUL_DEVICE_CPU, true, err));
     KRUL_TRY(check_n_views(ops, n_views, err));
     if (n_views == 2 && views[0].data != NULL && views[1].data != NULL) {
         KRUL_TRY(krul_view_check_disjoint(&views[0], view_names[0], &views[1], view_names[1], err));

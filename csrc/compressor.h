@@ -34,6 +34,10 @@ typedef struct krul_codec_ops {
                           size_t payload_bytes, krul_error *err);
 } krul_codec_ops;
 
+/* Can the codec be asked to code these views, on this type of device? */
+krul_status krul_compressor_check(krul_codec codec, krul_kv kv, const krul_view *views, int n_views,
+                                  krul_device_type device_type, krul_error *err) KRUL_MUST_CHECK;
+
 extern const krul_codec_ops krul_codec_exact;
 extern const krul_codec_ops krul_codec_int8;
 extern const krul_codec_ops krul_codec_int4;

@@ -1,4 +1,4 @@
-/* device.h - what a GPU offers to restores: a table of functions that its module fills in.
+/* device.h - what a GPU offers: a table of functions that its module fills in.
  *
  * A device does later what it is told now: copies and decodings are enqueued on streams, each of
  * which is done in order, and events tell how far a stream is. Functions may be called from several
@@ -9,13 +9,15 @@
 #define KRUL_DEVICE_H
 
 #include "device_decode.h"
+#include "device_encode.h"
+#include "device_estimator.h"
 #include "krul.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { KRUL_DEVICE_ABI = 1 };
+enum { KRUL_DEVICE_ABI = 2 };
 
 /* A device that was opened; what it holds is the table's affair. */
 typedef struct krul_device krul_device;
@@ -70,6 +72,18 @@ typedef struct krul_device_ops {
      * could not see sets *damage_flag. */
     krul_status (*decode)(krul_device *device, void *stream, const krul_device_batch *batch,
                           const uint8_t *chunk, uint32_t *damage_flag, krul_error *err);
+
+    /* Enqueue the coding of one batch, see krul_cuda_encode in device_encode.h: all but the batch is
+     * memory of the device. */
+    krul_status (*encode)(krul_device *device, void *stream, const krul_device_encode_batch *batch,
+                          const uint8_t *plan, uint8_t *payloads, uint8_t *workspace,
+                          krul_device_result *results, krul_error *err);
+
+    /* Enqueue an observation, see krul_cuda_estimator_observe in device_estimator.h: the image is
+     * pinned, the workspace and all sums but n_rows are memory of the device. */
+    krul_status (*observe)(krul_device *device, void *stream,
+                           const krul_device_observation *observation, const uint8_t *image,
+                           uint8_t *workspace, krul_estimator_sums *sums, krul_error *err);
 } krul_device_ops;
 
 #ifdef __cplusplus

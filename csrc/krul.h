@@ -690,14 +690,20 @@ krul_status krul_restore_plan_steps(const krul_restore_costs *costs, const int64
 
 typedef struct krul_device_ops krul_device_ops;
 
-/* Memory and streams of devices, kept from one restore to the next. */
+/* Memory and streams of devices, kept from one use to the next. */
 typedef struct krul_device_pool krul_device_pool;
+
+/* An event of a device, as its table knows events: a place in a stream. */
+typedef struct krul_device_event {
+    int32_t device_id;
+    void *event;
+} krul_device_event;
 
 /* 0 stands for what is usual. */
 typedef struct krul_device_pool_options {
     size_t chunk_bytes; /* of pinned memory, and of the device's, that are copied at once */
     int32_t n_chunks; /* of a restore and device */
-    int32_t n_idle; /* most restores whose memory is kept */
+    int32_t n_idle; /* most restores, and of each device most other users, whose memory is kept */
 } krul_device_pool_options;
 
 /* Takes no memory of any device yet. options NULL: all usual. */
@@ -707,8 +713,55 @@ krul_status krul_device_pool_new(const krul_device_ops *ops,
 
 const krul_device_ops *krul_device_pool_ops(const krul_device_pool *pool);
 
-/* No restore may be under way that uses it. NULL is allowed. */
+/* Nothing may be under way that uses it, and no observer be left. NULL is allowed. */
 void krul_device_pool_free(krul_device_pool *pool);
+
+/* A block on a device that is to be coded there. */
+typedef struct krul_device_job {
+    krul_codec codec;
+    krul_kv kv;
+    int n_views;
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    uint8_t *payload; /* of the host: room for what krul_compressor_bound says */
+    size_t capacity_bytes;
+    size_t payload_bytes; /* from here on results, as krul_compressor_encode has them */
+    krul_codec codec_used;
+    double error[2];
+    krul_error failure; /* status OK: it was coded */
+} krul_device_job;
+
+/* Encode blocks on the devices that they are on, after these events, and return when that is done; the
+ * payloads are those of krul_compressor_encode, but see device_encode.h for share. Jobs fail one by
+ * one: KRUL_STATUS_UNSUPPORTED, KRUL_STATUS_NO_MEMORY and KRUL_STATUS_DEVICE say that the block is to
+ * be coded on the CPU, anything else that it is wrong there, too. Where memory is short fewer blocks
+ * are coded at a time. */
+void krul_compressor_encode_on_device(krul_device_pool *pool, const krul_device_event *events,
+                                      int32_t n_events, krul_device_job *jobs, int64_t n_jobs);
+
+/* Sums of observed attention rows on a device, for layers that are there. */
+typedef struct krul_observer krul_observer;
+
+/* Takes no memory of the device yet; the pool must outlive it. */
+krul_status krul_observer_new(krul_device_pool *pool, int32_t device_id, int32_t n_layers,
+                              krul_observer **out, krul_error *err) KRUL_MUST_CHECK;
+
+/* What krul_estimator_observe does, on the device, after these events; returns when it is done, so
+ * that queries and keys may then go. Sums grow as needed. KRUL_STATUS_UNSUPPORTED and
+ * KRUL_STATUS_NO_MEMORY leave the sums as they were. After KRUL_STATUS_DEVICE they may be lost: then
+ * every later call fails, too. */
+krul_status krul_observer_observe(krul_observer *observer, const krul_device_event *events,
+                                  int32_t n_events, const krul_estimator_layer *layers,
+                                  const int64_t *row_positions, int64_t n_rows,
+                                  const uint8_t *key_is_real, int64_t n_keys_total, double weight,
+                                  krul_error *err) KRUL_MUST_CHECK;
+
+/* Add the sums to those of the host, which hold all tokens that were observed since, and begin again
+ * with zero. Fails as krul_observer_observe does. */
+krul_status krul_observer_read(krul_observer *observer, krul_estimator_sums *sums,
+                               krul_error *err) KRUL_MUST_CHECK;
+
+/* NULL is allowed. */
+void krul_observer_free(krul_observer *observer);
 
 /* ---- restore --------------------------------------------------------------------------------- */
 /* Blocks are read, checked and decoded by threads in the order given; a layer can be waited for.

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device_station.h"
 #include "internal.h"
 
 enum {
@@ -31,6 +32,7 @@ struct krul_device_pool {
     pthread_mutex_t lock; /* guards all below */
     int32_t n_idle;
     krul_lane *idle;
+    krul_station_shelf shelf; /* has a lock of its own */
 };
 
 /* A lane, and what no other file needs to know of it. */
@@ -71,6 +73,7 @@ krul_device_pool_new(const krul_device_ops *ops, const krul_device_pool_options 
     pool->n_chunks = options->n_chunks > 0 ? options->n_chunks : DEFAULT_N_CHUNKS;
     pool->max_idle = options->n_idle > 0 ? options->n_idle : DEFAULT_N_IDLE;
     pthread_mutex_init(&pool->lock, NULL);
+    krul_station_shelf_init(&pool->shelf, &pool->ops, pool->max_idle);
     *out = pool;
     return KRUL_STATUS_OK;
 }
@@ -79,6 +82,12 @@ const krul_device_ops *
 krul_device_pool_ops(const krul_device_pool *pool)
 {
     return &pool->ops;
+}
+
+krul_station_shelf *
+krul_device_pool_shelf(krul_device_pool *pool)
+{
+    return &pool->shelf;
 }
 
 /* ---- lanes ------------------------------------------------------------------------------------- */
@@ -329,6 +338,7 @@ krul_device_pool_free(krul_device_pool *pool)
         pool->idle = lane->next;
         free_lane(lane);
     }
+    krul_station_shelf_close(&pool->shelf);
     pthread_mutex_destroy(&pool->lock);
     free(pool);
 }

@@ -248,6 +248,29 @@ decode(krul_device *device, void *stream, const krul_device_batch *batch, const 
                                     : krul_cuda_decode(stream, batch, chunk, damage_flag, err);
 }
 
+krul_status
+encode(krul_device *device, void *stream, const krul_device_encode_batch *batch,
+       const uint8_t *plan, uint8_t *payloads, uint8_t *workspace, krul_device_result *results,
+       krul_error *err)
+{
+    Current current(device);
+    krul_status status = current.check("cudaSetDevice", cudaSuccess, err);
+    return status != KRUL_STATUS_OK
+               ? status
+               : krul_cuda_encode(stream, batch, plan, payloads, workspace, results, err);
+}
+
+krul_status
+observe(krul_device *device, void *stream, const krul_device_observation *observation,
+        const uint8_t *image, uint8_t *workspace, krul_estimator_sums *sums, krul_error *err)
+{
+    Current current(device);
+    krul_status status = current.check("cudaSetDevice", cudaSuccess, err);
+    return status != KRUL_STATUS_OK
+               ? status
+               : krul_cuda_estimator_observe(observation, image, workspace, sums, stream, err);
+}
+
 } // namespace
 
 /* Reached by py_cuda.c, which knows no CUDA. */
@@ -255,14 +278,31 @@ extern "C" const krul_device_ops *
 krul_cuda_ops(void)
 {
     static const krul_device_ops ops = {
-        KRUL_DEVICE_ABI,   KRUL_DEVICE_CUDA,  "CUDA device",
-        device_open,       device_close,      pinned_new,
-        pinned_free,       memory_new,        memory_free,
-        stream_new,        stream_free,       stream_synchronize,
-        event_new,         event_free,        event_record,
-        event_synchronize, stream_wait_event, copy_in,
-        copy_out,          nullptr, /* what is done on the host is in krul._core */
-        nullptr,           nullptr,           decode,
+        KRUL_DEVICE_ABI,
+        KRUL_DEVICE_CUDA,
+        "CUDA device",
+        device_open,
+        device_close,
+        pinned_new,
+        pinned_free,
+        memory_new,
+        memory_free,
+        stream_new,
+        stream_free,
+        stream_synchronize,
+        event_new,
+        event_free,
+        event_record,
+        event_synchronize,
+        stream_wait_event,
+        copy_in,
+        copy_out,
+        nullptr, /* what is done on the host is in krul._core */
+        nullptr,
+        nullptr,
+        decode,
+        encode,
+        observe,
     };
     return &ops;
 }

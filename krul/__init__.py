@@ -89,8 +89,8 @@ def backends() -> dict[str, Any]:
     dict
         ``chosen``: the name of the table of kernels in use. ``usable``: all that can run here, best
         first. ``unusable``: the others, each with the reason. ``devices``: the kinds of device that
-        decode by themselves. ``blas``: the library for matrix products, found by the first call
-        that asks; ``chosen`` None if there is none.
+        encode, decode and observe by themselves. ``blas``: the library for matrix products, found
+        by the first call that asks; ``chosen`` None if there is none.
 
     Examples
     --------

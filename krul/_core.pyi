@@ -79,7 +79,8 @@ def encode_blocks(
     jobs: Sequence[tuple[int, int, Sequence[_Array]]],
     n_threads: int = 0,
     backend: str | None = None,
-) -> list[tuple[bytes, int, float, float]]: ...
+    events: Sequence[tuple[int, int]] | None = None,
+) -> list[Any]: ...  # (payload, codec, error, power); on a device also a str
 def decode_blocks(
     jobs: Sequence[tuple[int, int, _Buffer, Sequence[_Array | None]]],
     n_threads: int = 0,
@@ -152,6 +153,25 @@ class Predict:
 @final
 class Memory:
     def __new__(cls, n_bytes: int) -> Memory: ...
+
+@final
+class Observer:
+    def __new__(cls, device: int, n_layers: int) -> Observer: ...
+    def observe(
+        self,
+        layers: Sequence[tuple[Any, ...] | None],
+        row_positions: npt.NDArray[np.int64],
+        key_is_real: npt.NDArray[np.uint8] | int,
+        weight: float,
+        events: Sequence[tuple[int, int]] = (),
+    ) -> None: ...
+    def read(
+        self,
+        distances: npt.NDArray[np.float64],
+        importance: npt.NDArray[np.float64],
+        received: npt.NDArray[np.float32],
+        n_rows: npt.NDArray[np.float64],
+    ) -> None: ...
 
 @final
 class Restore:

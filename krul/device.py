@@ -1,8 +1,9 @@
 """Which device each layer of a model is on, and the way between it and the memory of the CPU.
 
-The C library works in the memory of the CPU. What a layer on another device holds is copied there
-piece by piece to be encoded; what was decoded for it lands there and goes on when all of it is in.
-Where `krul._cuda` is, blocks go to a CUDA device as they are stored, and are decoded there.
+Where `krul._cuda` is, a CUDA device encodes, decodes and observes by itself: blocks go to it and
+come from it as they are stored. For other devices, and where there is no room, the C library works
+in the memory of the CPU: what a layer holds is copied there piece by piece, and what was decoded
+for it lands there and goes on when all of it is in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .layer import outside_autograd
@@ -32,6 +34,7 @@ __all__ = [
     "record_use",
     "stream_of",
     "synchronize",
+    "take_rows",
 ]
 
 CPU = torch.device("cpu")
@@ -51,7 +54,7 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_direct(device: torch.device) -> bool:
-    """Whether the C library has a device decode what is stored."""
+    """Whether the C library has a device encode, decode and observe by itself."""
     from . import CUDA_UNAVAILABLE
 
     return device.type == "cuda" and CUDA_UNAVAILABLE is None
@@ -108,7 +111,7 @@ def synchronize(devices: Iterable[torch.device]) -> None:
 
 
 class Marks:
-    """Where the streams of some devices are now, for another thread that reads what they wrote.
+    """Where the streams of some devices are now, for whoever reads elsewhere what they wrote.
 
     A save runs in a thread of its own, whose stream of a device need not be the model's. Devices
     other than CUDA's have one stream, as torch sees them.
@@ -125,6 +128,10 @@ class Marks:
         """Let what this thread asks of the devices come after the marks."""
         for device, event in self._events:
             torch.cuda.current_stream(device).wait_event(event)
+
+    def events(self) -> list[tuple[int, int]]:
+        """Return the marks for the C library: a device's number and an event's address of each."""
+        return [(device.index, event.cuda_event) for device, event in self._events]
 
 
 class Stopwatch:
@@ -218,6 +225,17 @@ def record_use(buffer: torch.Tensor) -> None:
     """Tell torch's allocator that this thread's stream uses memory that was made on another."""
     if buffer.device.type == "cuda":
         buffer.record_stream(torch.cuda.current_stream(buffer.device))
+
+
+def take_rows(tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """Return a copy of some of a tensor's third axis; a CUDA device is not waited for."""
+    if len(rows) == 1:
+        return tensor[:, :, rows[0] : rows[0] + 1].clone()
+    if tensor.device.type != "cuda":
+        return tensor[:, :, rows]
+    # An index of the CPU's would be copied by a call that waits for the device.
+    index = torch.from_numpy(rows).pin_memory().to(tensor.device, non_blocking=True)
+    return tensor.index_select(2, index)
 
 
 def devices_of(tensors: Sequence[torch.Tensor]) -> set[torch.device]:

@@ -11,7 +11,7 @@ import torch
 
 from . import _core
 from .compressor import CODECS, token_runs
-from .device import is_elsewhere, on_cpu
+from .device import Marks, is_direct, is_elsewhere, on_cpu
 from .estimator import Similarity
 from .fingerprint import Fingerprint
 from .history import Snapshot
@@ -21,17 +21,21 @@ from .profile import Profile
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, SegmentInfo
 
-__all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Layer", "Strategy", "Work", "dtype_name"]
+__all__ = ["KEY", "VALUE", "Encoded", "Encoder", "Job", "Layer", "Strategy", "Work", "dtype_name"]
 
 KEY, VALUE = 0, 1
 _BLOCK = _core.store_constants()["ENTRY_BLOCK"]
 
-# Blocks that are encoded only to be measured, or are copied from another device, at a time.
+# Blocks that are encoded only to be measured, or are on another device, at a time.
 _BLOCKS_AT_ONCE = 16
 
 # What a block is: codec, kv, lower layer, upper layer or -1, first token; and the step of codec
 # predict, else 0.
 _Key = tuple[str, int, int, int, int, float]
+
+
+# What `_core.encode_blocks` takes: codec, kv, and one array or those of two layers.
+Job = tuple[int, int, tuple[torch.Tensor, ...]]
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -79,6 +83,7 @@ class Work:
     similarity_reason: str
     profile: Profile | None = None
     find_profile: Callable[[str], Profile] | None = None
+    marks: Marks | None = None  # after which K and V are there
 
     @property
     def n_tokens(self) -> int:
@@ -163,6 +168,7 @@ class Encoder:
 
     work: Work
     blocks: dict[_Key, tuple[Encoded, ...]] = field(default_factory=dict)
+    n_left: dict[str, int] = field(default_factory=dict)  # by their devices to the CPU, and why
     _errors: dict[str, dict[tuple[int, int], tuple[float, int]]] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
@@ -338,11 +344,10 @@ class Encoder:
             codec, kv, lower, upper, start, _ = key
             end = next(e for s, e in self.runs(lower, kv) if s == start)
             tensors = tuple(
-                on_cpu(self.tensor(layer, kv, start, end)) for layer in (lower, upper) if layer >= 0
+                self.tensor(layer, kv, start, end) for layer in (lower, upper) if layer >= 0
             )
             jobs.append((CODECS[codec], kv, tensors))
             entries.append(self._entry(key, tensors[0]))
-        results = _core.encode_blocks(jobs, self.work.settings.n_threads)
         return {
             key: (
                 Encoded(
@@ -350,9 +355,40 @@ class Encoder:
                 ),
             )
             for key, entry, (payload, used, error, power) in zip(
-                keys, entries, results, strict=True
+                keys, entries, self.run_jobs(jobs), strict=True
             )
         }
+
+    def _is_direct(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self.work.marks is not None and all(is_direct(t.device) for t in tensors)
+
+    def run_jobs(self, jobs: Sequence[Job]) -> list[tuple[bytes, int, float, float]]:
+        """Encode blocks where they are; what a device leaves is copied to the CPU.
+
+        Parameters
+        ----------
+        jobs : sequence of (int, int, tuple of torch.Tensor)
+            See `_core.encode_blocks`.
+
+        Returns
+        -------
+        list of (bytes, int, float, float)
+            Payload, codec used, sum of squared errors and of squares of each.
+        """
+        n_threads = self.work.settings.n_threads
+        events = None if self.work.marks is None else self.work.marks.events()
+        tried = [
+            (codec, kv, tensors if self._is_direct(tensors) else _brought(tensors))
+            for codec, kv, tensors in jobs
+        ]
+        results = _core.encode_blocks(tried, n_threads, events=events)
+        left = [index for index, result in enumerate(results) if isinstance(result, str)]
+        again = [(jobs[i][0], jobs[i][1], _brought(jobs[i][2])) for i in left]
+        for index, result in zip(left, _core.encode_blocks(again, n_threads), strict=True):
+            reason = results[index]
+            self.n_left[reason] = self.n_left.get(reason, 0) + 1
+            results[index] = result
+        return results
 
     def errors(self, codec: str) -> dict[tuple[int, int], tuple[float, int]]:
         """Relative squared error and bytes of each (layer, kv) under a codec of single layers.
@@ -381,6 +417,10 @@ class Encoder:
     def uniform(self, codec: str) -> Strategy:
         """Return the strategy that codes every layer alike."""
         return Strategy(((codec, codec),) * len(self.work.layers))
+
+
+def _brought(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(on_cpu(tensor) for tensor in tensors)
 
 
 def _batches(items: Sequence[Any], n_at_once: int) -> Iterator[Sequence[Any]]:

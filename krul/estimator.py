@@ -4,7 +4,8 @@ The method is section 4.1 of *Krul* (arXiv 2507.08045): the distance of two laye
 distance of their attention weights, flattened over heads and tokens; a layer's importance is the
 attention mass on the first and on the last tenth of the text. Prompt tokens and generated tokens
 are weighted apart and added at the end. Here the rows are those of a sample of queries, computed
-from queries and keys in C, tile by tile, so that nothing of tokens x tokens ever exists.
+from queries and keys in C, tile by tile, so that nothing of tokens x tokens ever exists. Where all
+layers are on one CUDA device it does that, and keeps the sums until somebody asks for them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .errors import ShapeError
+from .errors import DeviceError, ShapeError
 
 __all__ = ["Estimator", "Similarity", "attention_rows", "similarity"]
 
@@ -63,12 +64,14 @@ class Similarity:
 
 @dataclass
 class _Sums:
-    """The arrays that C adds to."""
+    """The arrays that C adds to; with an observer, what is still on its device belongs to them."""
 
     distances: np.ndarray
     importance: np.ndarray
     received: np.ndarray
     n_rows: np.ndarray
+    observer: Any = None
+    device: Any = None  # the observer's
 
     @classmethod
     def zeros(cls, n_layers: int) -> _Sums:
@@ -87,6 +90,19 @@ class _Sums:
             received[:, :capacity] = self.received
             self.received = received
 
+    def observer_on(self, device: Any) -> Any:
+        """Return the observer of a device; what another one has is read first."""
+        if self.device != device:
+            self.read()
+            self.observer = _core.Observer(device.index, len(self.importance))
+            self.device = device
+        return self.observer
+
+    def read(self) -> None:
+        """Add what is on a device."""
+        if self.observer is not None:
+            self.observer.read(self.distances, self.importance, self.received, self.n_rows)
+
 
 @dataclass
 class _Seen:
@@ -96,9 +112,9 @@ class _Seen:
     keys: Any
     scaling: float
     softcap: float
-    sinks: np.ndarray | None
+    sinks: Any
     window: int | None
-    visible: np.ndarray | None
+    visible: Any
     pre_rotary: Any
 
 
@@ -113,6 +129,25 @@ class _Forward:
     last_layer: int
     layers: dict[int, _Seen] = field(default_factory=dict)
     gathered_bytes: int = 0
+    device: Any = None  # that observes by itself, and has queries and keys of all layers
+    marks: Any = None  # of that device, when the pass was over
+
+    def to_cpu(self) -> None:
+        """Bring what was collected to where C computes."""
+        if self.device is not None:
+            for seen in self.layers.values():
+                seen.queries, seen.keys = _on_cpu(seen.queries), _on_cpu(seen.keys)
+            self.device = None
+
+    def read_masks(self) -> None:
+        """Have masks read that could not be before; layers may share one."""
+        read: dict[int, tuple[Any, np.ndarray]] = {}
+        for seen in self.layers.values():
+            if callable(seen.visible):
+                key = id(seen.visible)
+                if key not in read:
+                    read[key] = (seen.visible, seen.visible())
+                seen.visible = read[key][1]
 
 
 # Most memory of one estimator unless told otherwise.
@@ -209,6 +244,9 @@ class Estimator:
         self._decode = _Sums.zeros(self.n_layers)
         self._moments: list[np.ndarray | None] = [None] * self.n_layers
         self._moment_weights = [0.0] * self.n_layers
+        # The same of passes that devices observe: they are there until somebody asks.
+        self._device_moments: dict[int, tuple[Any, float]] = {}
+        self._has_device_failed = False
         self._is_pre_rotary = [True] * self.n_layers
         self._forward: _Forward | None = None
         self._n_decoded = 0
@@ -290,7 +328,7 @@ class Estimator:
         softcap: float = 0.0,
         sinks: Any = None,
         window: int | None = None,
-        visible: np.ndarray | None = None,
+        visible: Any = None,
         pre_rotary: Any = None,
     ) -> None:
         """Take the picked queries of one layer; keys are borrowed until the pass is finished.
@@ -313,9 +351,10 @@ class Estimator:
             n_heads logits that take part in the softmax only.
         window : int or None
             A query sees its last `window` keys only.
-        visible : numpy.ndarray or None
+        visible : numpy.ndarray, callable or None
             bool, n_batch x n_rows x n_keys: what each picked query sees, where it is not simply all
-            before it. Must be one run of real tokens up to the query itself.
+            before it. Must be one run of real tokens up to the query itself. A function that
+            returns it is called later, in another thread.
         pre_rotary : array or None
             n_batch x n_heads x n_rows x head_dim: the *picked* queries before rotary embedding.
 
@@ -333,7 +372,12 @@ class Estimator:
             return
         n_batch, n_heads, _, head_dim = queries.shape
         is_whole = len(forward.rows) == forward.n_queries
-        picked = queries if is_whole else queries[:, :, forward.rows]
+        device = None if self._has_device_failed else _observing_device(queries, keys)
+        if not forward.layers:
+            forward.device = device
+        elif device != forward.device:  # on several devices
+            forward.to_cpu()
+        picked = queries if is_whole else _take_rows(queries, forward.rows)
         n_copies = 1 if pre_rotary is None else 2
         forward.gathered_bytes += (
             n_copies * n_batch * n_heads * len(forward.rows) * head_dim * _item_bytes(queries)
@@ -345,12 +389,13 @@ class Estimator:
             )
             self._forward = _Forward(forward.n_queries, None, False, 0.0, layer)
             return
+        borrowed = _on_cpu if forward.device is None else _borrowable
         forward.layers[layer] = _Seen(
-            _on_cpu(picked),
-            _on_cpu(keys),
+            borrowed(picked),
+            borrowed(keys),
             float(scaling),
             float(softcap or 0.0),
-            None if sinks is None else np.ascontiguousarray(_to_numpy(sinks)),
+            sinks,
             window,
             visible,
             pre_rotary,
@@ -361,6 +406,7 @@ class Estimator:
 
         A thread does it, so that the model goes on meanwhile; whatever needs the sums waits for it.
         The first layer of the next pass ends a pass too. Without collected layers nothing happens.
+        Where a device observes, it is not waited for here.
         """
         forward, self._forward = self._forward, None
         n_past, self._n_past = self._n_past, None
@@ -370,9 +416,19 @@ class Estimator:
         longest = max(seen.keys.shape[2] for seen in forward.layers.values())
         n_tokens = longest if n_past is None else max(longest, n_past + forward.n_queries)
         self.n_tokens = n_tokens
-        self.wait()
+        if forward.device is None:
+            forward.read_masks()
+            self.wait()
+        else:
+            from .device import Marks
+
+            self._add_device_moments(forward)
+            forward.marks = Marks([forward.device])
         self._worker = threading.Thread(
-            target=self._add, args=(forward, n_tokens), name="krul-estimator", daemon=True
+            target=self._add,
+            args=(forward, n_tokens, self._worker),
+            name="krul-estimator",
+            daemon=True,
         )
         self._worker.start()
 
@@ -382,19 +438,29 @@ class Estimator:
         if worker is not None:
             worker.join()
 
-    def _add(self, forward: _Forward, n_tokens: int) -> None:
+    def _add(self, forward: _Forward, n_tokens: int, before: threading.Thread | None) -> None:
         """Compute what a finished pass adds; a failure costs the pass, never the conversation."""
         try:
+            if before is not None:
+                before.join()
             self._compute(forward, n_tokens)
         except Exception as error:
             self._note(f"a pass could not be computed: {type(error).__name__}: {error}")
 
     def _compute(self, forward: _Forward, n_tokens: int) -> None:
         sums = self._decode if forward.is_decode else self._prefill
-        self._add_moments(forward)
+        if forward.marks is None:
+            self._add_moments(forward)
+        else:
+            forward.marks.follow()
+            forward.read_masks()
         positions = np.ascontiguousarray(forward.rows + (n_tokens - forward.n_queries), np.int64)
         layers, is_real = self._describe(forward, positions, n_tokens)
         sums.grow(n_tokens)
+        if forward.device is not None:
+            if self._observe_there(forward, layers, positions, n_tokens, is_real, sums):
+                return
+            layers = [x and (_on_cpu(x[0]), _on_cpu(x[1]), *x[2:]) for x in layers]
         n_fixed = (self._prefill.received.nbytes + self._decode.received.nbytes) * 2
         tile_bytes = max(self.max_bytes // 2 - n_fixed, 1 << 20)
         _core.estimator_observe(
@@ -411,6 +477,50 @@ class Estimator:
             self.n_threads or max(1, _core.n_processors() // 2),
         )
 
+    def _observe_there(
+        self,
+        forward: _Forward,
+        layers: list[tuple[Any, ...] | None],
+        positions: np.ndarray,
+        n_tokens: int,
+        is_real: np.ndarray | None,
+        sums: _Sums,
+    ) -> bool:
+        """Have the device compute the rows of a pass; say whether it could."""
+        try:
+            sums.observer_on(forward.device).observe(
+                layers,
+                positions,
+                n_tokens if is_real is None else is_real,
+                forward.weight,
+                forward.marks.events(),
+            )
+        except (NotImplementedError, MemoryError):
+            return False
+        except DeviceError as error:
+            self._give_devices_up(error)
+            return False
+        return True
+
+    def _give_devices_up(self, error: Exception) -> None:
+        """Leave it to the CPU from now on; what a device has summed may be lost."""
+        self._has_device_failed = True
+        self._note(f"a device failed: {error}")
+        for sums in (self._prefill, self._decode):
+            try:
+                sums.read()
+            except (DeviceError, MemoryError) as lost:
+                self._note(f"what a device had summed is lost: {lost}")
+            sums.observer = sums.device = None
+
+    def _read_devices(self) -> None:
+        """Bring what devices have summed here."""
+        try:
+            for sums in (self._prefill, self._decode):
+                sums.read()
+        except (DeviceError, MemoryError) as error:
+            self._give_devices_up(error)
+
     def abandon(self, reason: str | None = None) -> None:
         """Give the forward pass under way up, with a reason for `Similarity.skipped` if any."""
         self._forward = None
@@ -426,6 +536,7 @@ class Estimator:
         self._forward = None
         self.wait()
         self.n_tokens = min(self.n_tokens, n_tokens)
+        self._read_devices()
         for sums in (self._prefill, self._decode):
             sums.received[:, n_tokens:] = 0
 
@@ -441,6 +552,7 @@ class Estimator:
         """
         self.finish()
         self.wait()
+        self._read_devices()
         prefill, decode = self._prefill, self._decode
         n_rows = float(prefill.n_rows[0] + decode.n_rows[0])
         received = np.zeros((self.n_layers, self.n_tokens), np.float32)
@@ -453,22 +565,29 @@ class Estimator:
             distances = np.sqrt(prefill.distances + decode.distances)
         else:
             distances = np.full((self.n_layers, self.n_layers), np.nan)
+        moments = tuple(self._mean_moments(layer) for layer in range(self.n_layers))
         return Similarity(
             distances=distances,
             importance=importance,
             received=received,
-            query_moments=tuple(
-                None if sums is None else (sums / weight).astype(np.float32)
-                for sums, weight in zip(self._moments, self._moment_weights, strict=True)
-            ),
+            query_moments=moments,
             is_pre_rotary=tuple(
-                is_pre and sums is not None
-                for is_pre, sums in zip(self._is_pre_rotary, self._moments, strict=True)
+                is_pre and mean is not None
+                for is_pre, mean in zip(self._is_pre_rotary, moments, strict=True)
             ),
             n_prefill_rows=float(prefill.n_rows[0]),
             n_decode_rows=float(decode.n_rows[0]),
             skipped="; ".join(self._reasons) or None,
         )
+
+    def _mean_moments(self, layer: int) -> np.ndarray | None:
+        sums, weight = self._moments[layer], self._moment_weights[layer]
+        if layer in self._device_moments:
+            there, more = self._device_moments[layer]
+            brought = _to_numpy(there)
+            is_alike = sums is not None and sums.shape == brought.shape
+            sums, weight = (sums + brought, weight + more) if is_alike else (brought, more)
+        return None if sums is None else (sums / weight).astype(np.float32)
 
     def _note(self, reason: str) -> None:
         if reason not in self._reasons:
@@ -505,11 +624,28 @@ class Estimator:
                 seen.keys,
                 seen.scaling,
                 seen.softcap,
-                seen.sinks,
+                None if seen.sinks is None else np.ascontiguousarray(_to_numpy(seen.sinks)),
                 starts[key],
                 key_start,
             )
         return layers, None if is_real.all() else is_real
+
+    def _add_device_moments(self, forward: _Forward) -> None:
+        """Do what `_add_moments` does on the device, in the model's stream; nothing waits."""
+        for layer, seen in forward.layers.items():
+            self._is_pre_rotary[layer] &= seen.pre_rotary is not None
+            queries = seen.pre_rotary if self._is_pre_rotary[layer] else seen.queries
+            queries = queries.detach()
+            n_batch, n_heads, n_rows, head_dim = queries.shape
+            n_kv_heads = seen.keys.shape[1]
+            flat = queries.float().reshape(n_batch, n_kv_heads, -1, head_dim)
+            flat = flat.transpose(0, 1).reshape(n_kv_heads, -1, head_dim)
+            sums, weight = self._device_moments.get(layer, (None, 0.0))
+            if sums is None or sums.shape != (n_kv_heads, head_dim, head_dim):
+                sums, weight = flat.new_zeros(n_kv_heads, head_dim, head_dim), 0.0
+            sums = sums.baddbmm(flat.transpose(1, 2), flat, alpha=forward.weight)
+            weight += forward.weight * n_batch * (n_heads // n_kv_heads) * n_rows
+            self._device_moments[layer] = (sums, weight)
 
     def _add_moments(self, forward: _Forward) -> None:
         for layer, seen in forward.layers.items():
@@ -559,12 +695,34 @@ def _on_cpu(array: Any) -> Any:
     if not hasattr(array, "detach"):
         known = array.dtype in (np.float32, np.float16)
         return array if known else np.asarray(array, np.float32)
-    array = array.detach()
-    if array.device.type != "cpu":
-        array = array.cpu()
-    if array.dtype.itemsize > 4 or not array.dtype.is_floating_point:
-        array = array.float()
-    return array if array.stride(-1) == 1 else array.contiguous()
+    return _borrowable(array.detach() if array.device.type == "cpu" else array.detach().cpu())
+
+
+def _borrowable(tensor: Any) -> Any:
+    """Return a torch tensor that C can borrow where it is."""
+    tensor = tensor.detach()
+    if tensor.dtype.itemsize > 4 or not tensor.dtype.is_floating_point:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _take_rows(array: Any, rows: np.ndarray) -> Any:
+    """Pick queries, of torch's without waiting for their device."""
+    if not hasattr(array, "detach"):
+        return array[:, :, rows]
+    from .device import take_rows
+
+    return take_rows(array, rows)
+
+
+def _observing_device(queries: Any, keys: Any) -> Any:
+    """Return the CUDA device on which both are, if it observes by itself, or None."""
+    place = getattr(queries, "device", None)
+    if getattr(place, "type", "cpu") == "cpu" or getattr(keys, "device", None) != place:
+        return None
+    from . import device
+
+    return place if device.is_direct(place) else None
 
 
 def _mark_padding(is_real: np.ndarray, seen: _Seen, positions: np.ndarray) -> None:

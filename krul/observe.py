@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .device import is_direct, take_rows
 from .errors import UnsupportedModelError
 from .estimator import Estimator
 
@@ -67,6 +68,35 @@ class _File:
         self.undo: list[Callable[[], None]] = []
         self.implementations: set[str] = set()
         self.has_rotary = False
+        # Of heads that are rotated in part: whether that part comes first; None: neither end is it.
+        self.is_first_rotated: dict[tuple[int, int], bool | None] = {}
+
+    def unrotated_rows(
+        self, unrotated: torch.Tensor, queries: torch.Tensor, rows: np.ndarray
+    ) -> torch.Tensor | None:
+        """Pick rows of what went into the rotary function; None where the layout is not known."""
+        if unrotated.dim() != 4:
+            return None
+        same_but_last = unrotated.shape[:3] == queries.shape[:3]
+        if not same_but_last and unrotated.transpose(1, 2).shape[:3] == queries.shape[:3]:
+            unrotated = unrotated.transpose(1, 2)
+            same_but_last = True
+        if not same_but_last:
+            return None
+        before = take_rows(unrotated, rows)
+        n_rotated, head_dim = before.shape[3], queries.shape[3]
+        if n_rotated == head_dim:
+            return before
+        after = take_rows(queries, rows)
+        key = (n_rotated, head_dim)
+        if key not in self.is_first_rotated:  # asked once, for the answer waits for the device
+            self.is_first_rotated[key] = _is_first_rotated(before, after)
+        is_first = self.is_first_rotated[key]
+        if is_first is None:
+            return None
+        if is_first:
+            return torch.cat([before, after[..., n_rotated:]], dim=-1)
+        return torch.cat([after[..., : head_dim - n_rotated], before], dim=-1)
 
     def wrap_all(self, implementation: str) -> None:
         """Wrap the eager function, the rotary function, and the implementation in use."""
@@ -125,7 +155,7 @@ class _Watch:
         self.model = model
         self.unrotated: torch.Tensor | None = None
         self.last_layer = -1
-        self.masks: dict[int, tuple[Any, np.ndarray]] = {}
+        self.masks: dict[int, tuple[Any, Any]] = {}
 
     @property
     def is_over(self) -> bool:
@@ -187,9 +217,9 @@ class _Watch:
         if not file.has_rotary:
             before = None
         elif unrotated is None:
-            before = queries[:, :, rows]  # a layer without rotary embedding in a file that has it
+            before = take_rows(queries, rows)  # no rotary embedding, in a file that has it
         else:
-            before = _unrotated_rows(unrotated, queries, rows)
+            before = file.unrotated_rows(unrotated, queries, rows)
         self.estimator.collect(
             layer,
             queries,
@@ -202,15 +232,13 @@ class _Watch:
             pre_rotary=before,
         )
 
-    def _visible(
-        self, mask: Any, rows: np.ndarray, n_queries: int, n_keys: int
-    ) -> np.ndarray | None:
+    def _visible(self, mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> Any:
         """Return what the picked rows see, by the mask; layers may share mask and answer."""
         if mask is None:
             return None
         known = self.masks.get(id(mask))
         if known is None or known[0] is not mask:
-            self.masks[id(mask)] = known = (mask, _read_mask(mask, rows, n_queries, n_keys))
+            self.masks[id(mask)] = known = (mask, _look_at_mask(mask, rows, n_queries, n_keys))
         return known[1]
 
     def end(self, is_failed: bool) -> None:
@@ -224,6 +252,15 @@ class _Watch:
             self.estimator.finish()
         except Exception as error:  # as in see
             self.estimator.abandon(str(error))
+
+
+def _look_at_mask(mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> Any:
+    """Read a mask, or return a function that does: reading it here would wait for its device."""
+    if not isinstance(mask, torch.Tensor) or not is_direct(mask.device):
+        return _read_mask(mask, rows, n_queries, n_keys)
+    if mask.dim() == 4 and mask.shape[2] == n_queries:
+        mask, rows, n_queries = take_rows(mask, rows), np.arange(len(rows)), len(rows)
+    return functools.partial(_read_mask, mask.clone(), rows, n_queries, n_keys)
 
 
 def _read_mask(mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> np.ndarray:
@@ -246,28 +283,14 @@ def _read_mask(mask: Any, rows: np.ndarray, n_queries: int, n_keys: int) -> np.n
     return visible.expand(-1, len(rows), -1).cpu().numpy()
 
 
-def _unrotated_rows(
-    unrotated: torch.Tensor, queries: torch.Tensor, rows: np.ndarray
-) -> torch.Tensor | None:
-    """Pick the rows of what went into the rotary function; None where the layout is not known."""
-    if unrotated.dim() != 4:
-        return None
-    same_but_last = unrotated.shape[:3] == queries.shape[:3]
-    if not same_but_last and unrotated.transpose(1, 2).shape[:3] == queries.shape[:3]:
-        unrotated = unrotated.transpose(1, 2)
-        same_but_last = True
-    if not same_but_last:
-        return None
-    before, after = unrotated[:, :, rows], queries[:, :, rows]
+def _is_first_rotated(before: torch.Tensor, after: torch.Tensor) -> bool | None:
+    """Tell where a part of a head stands that is rotated, which keeps its length."""
     n_rotated, head_dim = before.shape[3], after.shape[3]
-    if n_rotated == head_dim:
-        return before
-    # Only a part is rotated; rotation keeps its length, which tells where it stands.
     length = before.float().norm(dim=-1)
     if _is_close(length, after[..., :n_rotated].float().norm(dim=-1)):
-        return torch.cat([before, after[..., n_rotated:]], dim=-1)
+        return True
     if _is_close(length, after[..., head_dim - n_rotated :].float().norm(dim=-1)):
-        return torch.cat([after[..., : head_dim - n_rotated], before], dim=-1)
+        return False
     return None
 
 

@@ -18,7 +18,7 @@ from . import _core, guard
 from .cache import Cache
 from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import CostBook
-from .device import CPU, on_cpu
+from .device import CPU, Marks, devices_of, on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
 from .errors import DTypeError
 from .fingerprint import check_fingerprint, fingerprint
@@ -113,6 +113,8 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
         similarity_reason=reason,
         profile=cache.profile,
         find_profile=cache.conversation.store.profiles.get,
+        # This thread's streams follow the snapshot's, and layers that a restore was still bringing.
+        marks=Marks(devices_of([x for layer in layers if layer for x in layer.tensors])),
     )
 
 
@@ -295,11 +297,11 @@ def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
 
 
 def _select(
-    work: Work, book: CostBook, seconds: dict[str, float], notes: list[str]
+    encoder: Encoder, book: CostBook, seconds: dict[str, float], notes: list[str]
 ) -> tuple[Strategy, list[Encoded], guard.Verdict]:
     """Encode with the coarsest strategy that the guard accepts."""
+    work = encoder.work
     settings = work.settings
-    encoder = Encoder(work)
     n_guard = _n_guard(work) if settings.guard_tokens else 0
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
     encoded: list[Encoded] = []
@@ -467,12 +469,14 @@ def save_cache(cache: Cache, snapshot: Snapshot) -> SaveReport:
     snapshot.follow()
     work = _prepare(cache, snapshot)
     seconds["estimate"] = time.perf_counter() - started
+    encoder = Encoder(work)
     if work.n_new_tokens > 0:
-        strategy, encoded, verdict = _select(work, cache.costs, seconds, notes)
+        strategy, encoded, verdict = _select(encoder, cache.costs, seconds, notes)
     else:
-        strategy = Encoder(work).uniform("exact")
+        strategy = encoder.uniform("exact")
         encoded, verdict = [], guard.Verdict(math.nan, math.nan, math.nan, 0)
         notes.append("no new tokens: only the record of the history changed")
+    notes += [f"{n} blocks were left to the CPU: {why}" for why, n in encoder.n_left.items()]
     fallen = sum(
         1
         for block in encoded

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Generator
 from typing import Any
 
-from . import _core, blas, selector
+from . import blas, selector
 from .allocate import least_bytes
 from .compressor import CODECS
-from .device import on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Strategy, Work
 from .guard import Verdict
 
@@ -74,13 +73,13 @@ def _pairs_worth_sharing(
         start = min(max(start, encoder.work.settings.keep_first), end)
         for kv in (KEY, VALUE):
             tensors = tuple(
-                on_cpu(encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS)))
+                encoder.tensor(layer, kv, start, min(end, start + _SHARE_SAMPLE_TOKENS))
                 for layer in pair
             )
             jobs.append((CODECS["share+int4"], kv, tensors))
             keys.append((pair, kv))
     good = dict.fromkeys(pairs, True)
-    results = _core.encode_blocks(jobs, encoder.work.settings.n_threads)
+    results = encoder.run_jobs(jobs)
     for (pair, kv), (_, used, error, power) in zip(keys, results, strict=True):
         limit = max(int4_errors[layer, kv][0] for layer in pair)
         relative = error / power if power > 0 else 0.0

@@ -1,14 +1,16 @@
 """A table of devices in Python, for tensors of `elsewhere`: what is asked of it is done at once.
 
 So the whole way of a restore onto a device runs, from torch's tensors by DLPack to the decoded
-blocks in them: chunks, batches, layers, damage and lack of memory. Nothing here is late or out of
-order; that is the affair of the fake device in ``tests/c``.
+blocks in them: chunks, batches, layers, damage and lack of memory. So do saves, which a device
+encodes, and what estimators see. Nothing here is late or out of order; that is the affair of the
+fake device in ``tests/c``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -16,6 +18,8 @@ from ctypes import (
     c_bool,
     c_char,
     c_char_p,
+    c_double,
+    c_float,
     c_int,
     c_int32,
     c_int64,
@@ -55,14 +59,9 @@ class _View(Structure):
 
     def array(self) -> np.ndarray:
         """Return the memory as it is seen through the view."""
-        dtype = {1: np.float32, 2: np.float16}[self.dtype]
-        shape, stride = list(self.shape), list(self.stride)
-        last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        flat = (ctypes.c_uint8 * ((last + 1) * np.dtype(dtype).itemsize)).from_address(self.data)
-        size = np.dtype(dtype).itemsize
-        return np.lib.stride_tricks.as_strided(
-            np.frombuffer(flat, dtype), shape, [step * size for step in stride]
-        )
+        size = np.dtype(_DTYPES[self.dtype]).itemsize
+        strides = [step * size for step in self.stride]
+        return _array(self.data, list(self.shape), strides, _DTYPES[self.dtype])
 
 
 _INTEGERS = ["kind", "codec", "kv", "dtype", "layer_lower", "layer_upper"]
@@ -100,6 +99,134 @@ class _Batch(Structure):
     )
 
 
+class _Output(Structure):
+    _fields_ = (
+        ("address", c_uint64),
+        ("strides", c_int64 * 3),
+        ("store_bytes", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
+_INTEGERS = ["kv", "n_planes", "n_heads", "n_tokens", "n_wanted", "head_dim", "n_tiles"]
+_INTEGERS += ["first_unit", "n_units", "batch", "n_kept", "n_merged", "n_chunks", "index"]
+
+
+class _Descriptor(Structure):
+    _fields_ = (
+        ("outputs", _Output * 2),
+        *((name, c_int32) for name in _INTEGERS),
+        ("data_offset", c_uint64),
+        ("plane_bytes", c_uint64 * 3),
+        ("kept_offset", c_uint64 * 4),
+        ("tiles_offset", c_uint64),
+        ("stream_mode", c_int32 * 2),
+        ("table_offset", c_uint64),
+        ("directory_offset", c_uint64),
+        ("stream_offset", c_uint64),
+        ("offsets_offset", c_uint64),
+    )
+
+    def array(self, index: int, dtype: Any) -> np.ndarray:
+        """Return one of the tensors that are to be encoded."""
+        output = self.outputs[index]
+        shape = (self.n_planes // self.n_heads, self.n_heads, self.n_tokens, self.head_dim)
+        return _array(output.address, shape, (*output.strides, np.dtype(dtype).itemsize), dtype)
+
+
+class _Coding(Structure):
+    _fields_ = (
+        ("codec", c_int),
+        ("dtype", c_int),
+        ("n_blocks", c_int32),
+        ("n_units", c_int32),
+        ("head_dim", c_int32),
+        ("n_chunks", c_int32),
+        ("descriptors_offset", c_uint64),
+        ("units_offset", c_uint64),
+        ("workspace_offset", c_uint64),
+    )
+
+
+class _Result(Structure):
+    _fields_ = (
+        ("does_not_fit", c_uint32),
+        ("reserved", c_uint32),
+        ("error", c_double * 2),
+        ("payload_bytes", c_uint64),
+    )
+
+
+class _Observed(Structure):
+    _fields_ = (
+        ("queries", c_uint64),
+        ("keys", c_uint64),
+        ("query_stride", c_int64 * 3),
+        ("key_stride", c_int64 * 3),
+        ("starts_at", c_uint64),
+        ("sinks_at", c_uint64),
+        *(
+            (name, c_int32)
+            for name in ["query_dtype", "key_dtype", "head_dim", "heads_per_kv", "key_start"]
+        ),
+        *((name, c_int32) for name in ["n_keys", "layer", "is_wide"]),
+        ("scaling", c_float),
+        ("softcap", c_float),
+    )
+
+
+class _Group(Structure):
+    _fields_ = (
+        ("n_members", c_int32),
+        ("n_heads", c_int32),
+        ("work", c_int32 * 8),
+        ("shared_bytes", c_size_t),
+        ("members_at", c_uint64),
+        ("places", c_uint64 * 4),
+    )
+
+
+class _Observation(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ["n_layers", "n_batch", "n_rows", "n_keys_total"]),
+        ("n_seen", c_int32),
+        ("n_groups", c_int32),
+        ("received_stride", c_int64),
+        ("weight", c_double),
+        ("n_real_rows", c_double),
+        ("positions_at", c_uint64),
+        ("real_at", c_uint64),
+        ("first_real_at", c_uint64),
+        ("classes_at", c_uint64),
+        ("image_bytes", c_size_t),
+        ("workspace_bytes", c_size_t),
+        ("groups", _Group * 8),
+    )
+
+
+class _Sums(Structure):
+    _fields_ = (
+        ("distances", c_uint64),
+        ("importance", c_uint64),
+        ("received", c_uint64),
+        ("received_stride", c_int64),
+        ("n_rows", c_uint64),
+    )
+
+
+_DTYPES = {1: np.float32, 2: np.float16}
+
+
+def _array(address: int, shape: Any, strides: Any, dtype: Any) -> np.ndarray:
+    """Return an array over memory; strides are in bytes, None for row-major."""
+    size = np.dtype(dtype).itemsize
+    if strides is None:
+        strides = [size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + size
+    flat = np.frombuffer((ctypes.c_uint8 * span).from_address(address), np.uint8)
+    return np.lib.stride_tricks.as_strided(flat[:size].view(dtype), shape, strides)
+
+
 class _Tensor(Structure):
     _fields_ = (("data", c_void_p), ("device_type", c_int32), ("device_id", c_int32))
 
@@ -127,13 +254,16 @@ class _Fake:
         """Behave, and have done nothing."""
         self.has_memory = True
         self.is_broken = self.is_damaging = False
+        self.calls_until_failure = -1
+        self.most_bytes = 1 << 40  # of one piece of memory
+        self.n_encoded = self.n_observed = self.n_calls = 0
         self.n_decoded = self.n_copied = self.n_host_decoded = 0
         self.waited: list[tuple[int | None, int | None]] = []
         self.unsupported: set[int] = {7}
 
     def make(self, n_bytes: int, out: Any, err: Any) -> int:
         """Give memory out, or none."""
-        if not self.has_memory:
+        if not self.has_memory or n_bytes > self.most_bytes:
             return _fail(err, _NO_MEMORY, b"there is none left")
         made = ctypes.create_string_buffer(n_bytes + 64)
         address = (ctypes.addressof(made) + 63) // 64 * 64
@@ -161,14 +291,99 @@ class _Fake:
                         offset += -(-n_bytes // 16) * 16
                 continue
             self.n_decoded += 1
-            dtype = {1: np.float32, 2: np.float16}[entry.dtype]
-            whole = [np.empty(shape, dtype) for _ in range(n_views)]
+            whole = [np.empty(shape, _DTYPES[entry.dtype]) for _ in range(n_views)]
             payload = ctypes.string_at(chunk + offset, entry.payload_bytes)
             _core.decode_blocks([(entry.codec, entry.kv, payload, tuple(whole))], 1)
             for view, one in zip(views, whole, strict=False):
                 if view.data:
                     found = view.array()
                     found[...] = one[:, :, : found.shape[2]]
+
+    def encode(self, batch: _Coding, plan: int, payloads: int, results: int) -> None:
+        """Encode the blocks of a batch, from what the library has written of them."""
+        n_views = 2 if batch.codec > 3 else 1
+        size = ctypes.sizeof(_Descriptor)
+        for number in range(batch.n_blocks):
+            about = _Descriptor.from_address(plan + batch.descriptors_offset + number * size)
+            result = _Result.from_address(results + about.index * ctypes.sizeof(_Result))
+            assert (result.does_not_fit, result.payload_bytes) == (0, 0)
+            arrays = tuple(about.array(i, _DTYPES[batch.dtype]) for i in range(n_views))
+            ((payload, used, error, power),) = _core.encode_blocks(
+                [(batch.codec, about.kv, arrays)], 1
+            )
+            result.does_not_fit = used != batch.codec
+            result.error[0], result.error[1] = error, power
+            result.payload_bytes = len(payload)
+            if used == batch.codec:
+                offset = about.directory_offset if n_views == 2 else about.data_offset
+                ctypes.memmove(payloads + offset, payload, len(payload))
+            self.n_encoded += 1
+
+    def observe(self, plan: _Observation, image: int, sums: _Sums) -> None:
+        """Add the sums of a pass, from what the library has written of it."""
+        n, n_batch, n_rows = plan.n_layers, plan.n_batch, plan.n_rows
+        real = None
+        if plan.real_at:
+            real = _array(image + plan.real_at, (n_batch, plan.n_keys_total), None, np.uint8)
+        by_batch = _array(image + plan.positions_at, (n_batch, n_rows), None, np.int32)
+        positions = by_batch.max(0).astype(np.int64)
+        for row in np.flatnonzero(positions < 0):  # padding everywhere, as some key is
+            positions[row] = np.flatnonzero(real.max(0) == 0)[0]
+        layers: list[Any] = [None] * n
+        for group in plan.groups[: plan.n_groups]:
+            for member in range(group.n_members):
+                about = _Observed.from_address(
+                    image + group.members_at + member * ctypes.sizeof(_Observed)
+                )
+                layers[about.layer] = self.observed(plan, group, about, image)
+        _core.estimator_observe(
+            layers,
+            positions,
+            plan.n_keys_total if real is None else real.copy(),
+            plan.weight,
+            _array(sums.distances, (n, n), None, np.float64),
+            _array(sums.importance, (n, 2), None, np.float64),
+            _array(sums.received, (n, plan.received_stride), None, np.float32),
+            _array(sums.n_rows, (1,), None, np.float64),
+            1 << 26,
+            1,
+        )
+        self.n_observed += 1
+
+    def observed(
+        self, plan: _Observation, group: _Group, about: _Observed, image: int
+    ) -> tuple[Any, ...]:
+        """Return a layer as `_core.estimator_observe` takes it."""
+
+        def tensor(address: int, stride: Any, dtype: int, n_heads: int, n_tokens: int) -> Any:
+            size = np.dtype(_DTYPES[dtype]).itemsize
+            shape = (plan.n_batch, n_heads, n_tokens, about.head_dim)
+            strides = (*(step * size for step in stride), size)
+            return _array(address, shape, strides, _DTYPES[dtype])
+
+        starts = sinks = None
+        if about.starts_at:
+            shape = (plan.n_batch, plan.n_rows)
+            starts = _array(image + about.starts_at, shape, None, np.int32).astype(np.int64)
+        if about.sinks_at:
+            sinks = _array(image + about.sinks_at, (group.n_heads,), None, np.float32)
+        return (
+            tensor(
+                about.queries, about.query_stride, about.query_dtype, group.n_heads, plan.n_rows
+            ),
+            tensor(
+                about.keys,
+                about.key_stride,
+                about.key_dtype,
+                group.n_heads // about.heads_per_kv,
+                about.n_keys,
+            ),
+            about.scaling,
+            about.softcap,
+            sinks,
+            starts,
+            about.key_start,
+        )
 
 
 fake = _Fake()
@@ -183,6 +398,10 @@ def _fail(err: Any, status: int, message: bytes) -> int:
 
 
 def _always(*args: Any) -> int:
+    fake.n_calls += 1
+    if fake.calls_until_failure >= 0:
+        fake.is_broken = fake.is_broken or fake.calls_until_failure == 0
+        fake.calls_until_failure -= 1
     return _fail(args[-1], _DEVICE, b"the device fell off") if fake.is_broken else _OK
 
 
@@ -191,9 +410,13 @@ def _make_handle(device: Any, out: Any, err: Any) -> int:
     return _always(err)
 
 
+def _make_memory(device: Any, n_bytes: int, out: Any, err: Any) -> int:
+    return _always(err) or fake.make(n_bytes, out, err)
+
+
 def _copy(device: Any, stream: Any, to: Any, source: Any, n_bytes: int, err: Any) -> int:
-    if fake.is_broken:
-        return _always(err)
+    if _always(err) != _OK:
+        return _DEVICE
     ctypes.memmove(to, source, n_bytes)
     fake.n_copied += 1
     return _OK
@@ -231,9 +454,34 @@ def _prepare(
 
 
 def _decode(device: Any, stream: Any, batch: Any, chunk: int, flag: Any, err: Any) -> int:
-    if fake.is_broken:
-        return _always(err)
+    if _always(err) != _OK:
+        return _DEVICE
     fake.decode(batch[0], chunk, flag)
+    return _OK
+
+
+def _encode(
+    device: Any,
+    stream: Any,
+    batch: Any,
+    plan: int,
+    payloads: int,
+    workspace: int,
+    results: int,
+    err: Any,
+) -> int:
+    if _always(err) != _OK:
+        return _DEVICE
+    fake.encode(batch[0], plan, payloads, results)
+    return _OK
+
+
+def _observe(
+    device: Any, stream: Any, plan: Any, image: int, workspace: int, sums: Any, err: Any
+) -> int:
+    if _always(err) != _OK:
+        return _DEVICE
+    fake.observe(plan[0], image, sums[0])
     return _OK
 
 
@@ -248,9 +496,9 @@ _move = CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_size_t, _erro
 _FUNCTIONS = [
     CFUNCTYPE(c_int, c_int32, _out, _error)(_make_handle),  # open
     CFUNCTYPE(None, c_void_p)(lambda device: None),
-    _make(lambda device, n_bytes, out, err: fake.make(n_bytes, out, err)),  # pinned
+    _make(_make_memory),  # pinned
     _free(lambda device, memory: fake.memory.pop(memory) and None),
-    _make(lambda device, n_bytes, out, err: fake.make(n_bytes, out, err)),  # memory
+    _make(_make_memory),  # memory
     _free(lambda device, memory: fake.memory.pop(memory) and None),
     _new(_make_handle),  # streams
     _free(lambda device, stream: None),
@@ -280,6 +528,27 @@ _FUNCTIONS = [
     CFUNCTYPE(c_int, c_void_p, c_void_p, POINTER(_Batch), c_void_p, POINTER(c_uint32), _error)(
         _decode
     ),
+    CFUNCTYPE(
+        c_int,
+        c_void_p,
+        c_void_p,
+        POINTER(_Coding),
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        _error,
+    )(_encode),
+    CFUNCTYPE(
+        c_int,
+        c_void_p,
+        c_void_p,
+        POINTER(_Observation),
+        c_void_p,
+        c_void_p,
+        POINTER(_Sums),
+        _error,
+    )(_observe),
 ]
 
 
@@ -292,7 +561,7 @@ class _Table(Structure):
     )
 
 
-_table = _Table(1, _CUDA, b"fake")
+_table = _Table(2, _CUDA, b"fake")
 for _index, _function in enumerate(_FUNCTIONS):
     _table.functions[_index] = ctypes.cast(_function, c_void_p).value
 
@@ -315,8 +584,25 @@ def capsule() -> Any:
     return new(ctypes.addressof(_table), _TABLE_NAME, None)
 
 
+class _Marks:
+    """What `krul.device.Marks` is, with events that are numbers."""
+
+    def __init__(self, devices: Any) -> None:
+        self._numbers = sorted({device.index for device in devices})
+
+    def follow(self) -> None:
+        pass
+
+    def events(self) -> list[tuple[int, int]]:
+        return [(number, 200 + number) for number in self._numbers]
+
+
 def install(monkeypatch: Any) -> str:
-    """Have restores use the table for tensors of `elsewhere`; return why that cannot be, if so."""
+    """Have krul use the table for tensors of `elsewhere`; return why that cannot be, if so."""
+    import krul.device
+    import krul.encode
+    import krul.observe
+    import krul.save
     import krul.source
 
     if not _installed and krul.CUDA_UNAVAILABLE is None:
@@ -327,6 +613,9 @@ def install(monkeypatch: Any) -> str:
     fake.calm()
     monkeypatch.setattr(Elsewhere, "__dlpack__", _export)
     monkeypatch.setattr(Elsewhere, "__dlpack_device__", lambda self: (_CUDA, self.device.index))
-    monkeypatch.setattr(krul.source, "is_direct", lambda device: device.type == "elsewhere")
+    for module in (krul.device, krul.encode, krul.observe, krul.source):
+        monkeypatch.setattr(module, "is_direct", lambda device: device.type == "elsewhere")
+    for module in (krul.device, krul.save):
+        monkeypatch.setattr(module, "Marks", _Marks)
     monkeypatch.setattr(krul.source, "stream_of", lambda device: (device.index, 100 + device.index))
     return ""

@@ -24,6 +24,8 @@ typedef struct compressor_job {
     size_t payload_bytes;
     krul_codec codec_used;
     double error[2];
+    bool is_on_device;
+    bool is_left; /* to the CPU; err says why */
     krul_status status;
     krul_error err;
 } compressor_job;
@@ -36,6 +38,8 @@ typedef struct compressor_call {
     PyObject *items; /* a tuple of ours: foreign code cannot empty it */
     compressor_job *jobs;
     Py_ssize_t n_jobs;
+    krul_device_event *events; /* what is encoded on a device comes after them; NULL: nothing is */
+    int32_t n_events;
 } compressor_call;
 
 static void
@@ -60,30 +64,99 @@ shrink_payload(compressor_job *job)
     }
 }
 
+/* Map memory for the largest payload; false with the job's status. */
+static bool
+map_payload(compressor_job *job, size_t *capacity_bytes)
+{
+    krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
+    memcpy(views, job->views, sizeof views);
+    for (int i = 0; i < job->n_views && job->is_on_device; i++) {
+        views[i].device_type = KRUL_DEVICE_CPU; /* only shapes matter here */
+    }
+    job->status = krul_compressor_bound(views, job->n_views, capacity_bytes, &job->err);
+    if (job->status != KRUL_STATUS_OK) {
+        return false;
+    }
+    void *mapped = mmap(NULL, *capacity_bytes + 1, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) {
+        job->status = krul_fail(&job->err, KRUL_STATUS_NO_MEMORY,
+                                "no memory for a payload of at most %zu bytes", *capacity_bytes);
+        return false;
+    }
+    job->payload = mapped;
+    job->mapped_bytes = *capacity_bytes + 1;
+    return true;
+}
+
 static void
 encode_job(void *argument)
 {
     compressor_job *job = argument;
     size_t capacity_bytes = 0;
-    job->status = krul_compressor_bound(job->views, job->n_views, &capacity_bytes, &job->err);
-    if (job->status != KRUL_STATUS_OK) {
+    if (job->is_on_device || !map_payload(job, &capacity_bytes)) {
         return;
     }
-    void *mapped = mmap(NULL, capacity_bytes + 1, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) {
-        job->status = krul_fail(&job->err, KRUL_STATUS_NO_MEMORY,
-                                "no memory for a payload of at most %zu bytes", capacity_bytes);
-        return;
-    }
-    job->payload = mapped;
-    job->mapped_bytes = capacity_bytes + 1;
     job->status = krul_compressor_encode(
         job->backend, job->codec, job->kv, job->views, job->n_views, job->payload, capacity_bytes,
         &job->payload_bytes, &job->codec_used, job->error, &job->err);
     if (job->status == KRUL_STATUS_OK) {
         shrink_payload(job);
     }
+}
+
+/* Take over what came of a job on a device. */
+static void
+take_result(compressor_job *job, const krul_device_job *there)
+{
+    job->payload_bytes = there->payload_bytes;
+    job->codec_used = there->codec_used;
+    memcpy(job->error, there->error, sizeof job->error);
+    job->err = there->failure;
+    job->status = there->failure.status;
+    job->is_left = job->status == KRUL_STATUS_UNSUPPORTED || job->status == KRUL_STATUS_NO_MEMORY ||
+                   job->status == KRUL_STATUS_DEVICE;
+    if (job->is_left) {
+        job->status = KRUL_STATUS_OK;
+        free_payload(job);
+    }
+    else if (job->status == KRUL_STATUS_OK) {
+        shrink_payload(job);
+    }
+}
+
+/* Encode the jobs whose arrays are on devices. */
+static void
+encode_on_devices(compressor_call *call)
+{
+    size_t n_there = 0;
+    krul_device_job *there = calloc((size_t)call->n_jobs + 1, sizeof *there);
+    for (Py_ssize_t i = 0; i < call->n_jobs; i++) {
+        compressor_job *job = &call->jobs[i];
+        size_t capacity_bytes = 0;
+        if (there == NULL && job->is_on_device) {
+            job->status = krul_fail(&job->err, KRUL_STATUS_NO_MEMORY, "no memory for %zd jobs",
+                                    call->n_jobs);
+        }
+        else if (job->is_on_device && map_payload(job, &capacity_bytes)) {
+            there[n_there] = (krul_device_job){.codec = job->codec,
+                                               .kv = job->kv,
+                                               .n_views = job->n_views,
+                                               .payload = job->payload,
+                                               .capacity_bytes = capacity_bytes};
+            memcpy(there[n_there++].views, job->views, sizeof job->views);
+        }
+    }
+    if (n_there > 0) {
+        krul_compressor_encode_on_device(call->state->devices, call->events, call->n_events, there,
+                                         (int64_t)n_there);
+    }
+    for (Py_ssize_t i = 0, k = 0; i < call->n_jobs && n_there > 0; i++) {
+        if (call->jobs[i].is_on_device && call->jobs[i].status == KRUL_STATUS_OK) {
+            take_result(&call->jobs[i], &there[k++]);
+        }
+    }
+    free(there);
 }
 
 static void
@@ -120,10 +193,15 @@ borrow_arrays(compressor_call *call, Py_ssize_t index, PyObject *arrays, bool is
             continue;
         }
         PyOS_snprintf(name, sizeof name, "jobs[%lld] array %d", (long long)index, i);
-        if (py_krul_borrow(call->state, array, name, is_output, &job->borrowed[i]) != 0) {
+        bool is_anywhere = call->events != NULL && call->state->devices != NULL;
+        py_krul_access access = is_output     ? PY_KRUL_OUTPUT
+                                : is_anywhere ? PY_KRUL_INPUT_ANYWHERE
+                                              : PY_KRUL_INPUT;
+        if (py_krul_borrow(call->state, array, name, access, &job->borrowed[i]) != 0) {
             goto done;
         }
         job->views[i] = job->borrowed[i].view;
+        job->is_on_device = job->is_on_device || job->views[i].device_type != KRUL_DEVICE_CPU;
         given = i;
     }
     if (given < 0) {
@@ -187,6 +265,7 @@ close_call(compressor_call *call)
         free_payload(job);
     }
     free(call->jobs);
+    PyMem_Free(call->events);
     Py_CLEAR(call->items);
     call->jobs = NULL;
     call->n_jobs = 0;
@@ -198,13 +277,20 @@ static int
 run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwargs,
          bool is_decoding)
 {
-    static char *keywords[] = {"jobs", "n_threads", "backend", NULL};
+    static char *decode_names[] = {"jobs", "n_threads", "backend", NULL};
+    static char *encode_names[] = {"jobs", "n_threads", "backend", "events", NULL};
     PyObject *jobs;
     PyObject *backend = Py_None;
+    PyObject *events = Py_None;
     call->state = py_krul_state_of(module);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs,
-                                     is_decoding ? "O|iO:decode_blocks" : "O|iO:encode_blocks",
-                                     keywords, &jobs, &call->n_threads, &backend)) {
+    if (is_decoding
+            ? !PyArg_ParseTupleAndKeywords(args, kwargs, "O|iO:decode_blocks", decode_names, &jobs,
+                                           &call->n_threads, &backend)
+            : !PyArg_ParseTupleAndKeywords(args, kwargs, "O|iOO:encode_blocks", encode_names, &jobs,
+                                           &call->n_threads, &backend, &events)) {
+        return -1;
+    }
+    if (events != Py_None && py_krul_events(events, &call->events, &call->n_events) != 0) {
         return -1;
     }
     if (call->n_threads < 0 || call->n_threads > KRUL_POOL_MAX_THREADS) {
@@ -233,6 +319,9 @@ run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwar
         }
     }
     Py_BEGIN_ALLOW_THREADS
+    if (!is_decoding) {
+        encode_on_devices(call);
+    }
     krul_pool_for_each(call->n_threads, is_decoding ? decode_job : encode_job, call->jobs,
                        sizeof *call->jobs, n_items);
     Py_END_ALLOW_THREADS
@@ -250,10 +339,12 @@ run_call(compressor_call *call, PyObject *module, PyObject *args, PyObject *kwar
 }
 
 PyDoc_STRVAR(encode_blocks_doc,
-             "encode_blocks($module, /, jobs, n_threads=0, backend=None)\n--\n\n"
+             "encode_blocks($module, /, jobs, n_threads=0, backend=None, events=None)\n--\n\n"
              "Encode blocks in parallel; jobs are (codec, kv, arrays), arrays one or two of\n"
              "n_batch x n_heads x n_tokens x head_dim. One (payload, codec_used, error_sum,\n"
-             "power_sum) for each: sum |x - decoded|^2 and sum |x|^2.");
+             "power_sum) for each: sum |x - decoded|^2 and sum |x|^2. With events, a list of (device,\n"
+             "address), arrays may be on a CUDA device, which encodes them after these; a str in\n"
+             "place of a tuple says why it did not, and the CPU may.");
 
 static PyObject *
 encode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -266,9 +357,12 @@ encode_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
     list = PyList_New(call.n_jobs);
     for (Py_ssize_t i = 0; list != NULL && i < call.n_jobs; i++) {
         compressor_job *job = &call.jobs[i];
-        PyObject *item = Py_BuildValue("(y#idd)", (const char *)job->payload,
-                                       (Py_ssize_t)job->payload_bytes, (int)job->codec_used,
-                                       job->error[0], job->error[1]);
+        PyObject *item = job->is_left
+                             ? PyUnicode_DecodeUTF8(job->err.message,
+                                                    (Py_ssize_t)strlen(job->err.message), "replace")
+                             : Py_BuildValue("(y#idd)", (const char *)job->payload,
+                                             (Py_ssize_t)job->payload_bytes, (int)job->codec_used,
+                                             job->error[0], job->error[1]);
         free_payload(job);
         if (item == NULL) {
             Py_CLEAR(list);

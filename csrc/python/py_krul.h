@@ -29,6 +29,7 @@ typedef struct py_krul_state {
     const krul_backend *backend; /* chosen in module exec */
     PyObject *errors; /* the module krul.errors */
     PyTypeObject *restore_type;
+    PyTypeObject *observer_type;
     PyTypeObject *predict_type;
     PyTypeObject *memory_type;
     py_krul_mapping spare; /* what the last krul._core.Memory has let go; with the GIL */
@@ -57,6 +58,7 @@ typedef enum py_krul_access {
     PY_KRUL_INPUT = 0,
     PY_KRUL_OUTPUT = 1,
     PY_KRUL_OUTPUT_ANYWHERE = 2, /* on a CUDA device, too: the caller orders what it does there */
+    PY_KRUL_INPUT_ANYWHERE = 3,
 } py_krul_access;
 
 /* Borrow an array of float32, float16 or bfloat16 with at most four dimensions, by DLPack or else by
@@ -67,6 +69,10 @@ int py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, py_
 
 /* Give it back; with the GIL. A zeroed one is allowed, and it is zeroed again. */
 void py_krul_release(py_krul_borrowed *borrowed);
+
+/* [(device number, address of an event or stream), ...]; *out is to be freed with PyMem_Free. Returns 0,
+ * or -1 with an exception. */
+int py_krul_events(PyObject *object, krul_device_event **out, int32_t *n_events);
 
 /* A store entry from the tuple of 14 integers that store_read_head gives, in the order of
  * krul_store_entry's fields. Returns 0, or -1 with a TypeError or ValueError. */
@@ -92,6 +98,7 @@ extern PyMethodDef py_restore_plan_methods[];
 
 /* Types that module exec makes. */
 extern PyType_Spec py_restore_spec;
+extern PyType_Spec py_observer_spec;
 extern PyType_Spec py_predict_spec;
 extern PyType_Spec py_memory_spec;
 

@@ -79,6 +79,48 @@ device_register(PyObject *module, PyObject *capsule)
     Py_RETURN_NONE;
 }
 
+int
+py_krul_events(PyObject *object, krul_device_event **out, int32_t *n_events)
+{
+    PyObject *items = PySequence_Tuple(object);
+    int result = -1;
+    if (items == NULL) {
+        return -1;
+    }
+    Py_ssize_t n_items = PyTuple_GET_SIZE(items);
+    krul_device_event *found = PyMem_Calloc((size_t)n_items + 1, sizeof *found);
+    if (found == NULL || n_items > INT32_MAX) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n_items; i++) {
+        PyObject *address;
+        int device_id;
+        PyObject *item = PyTuple_GET_ITEM(items, i);
+        if (!PyTuple_Check(item)) {
+            PyErr_Format(PyExc_TypeError, "an item is a %s but must be a tuple (device, address)",
+                         Py_TYPE(item)->tp_name);
+            goto done;
+        }
+        if (!PyArg_ParseTuple(item, "iO;an item is (device, address)", &device_id, &address)) {
+            goto done;
+        }
+        found[i].device_id = device_id;
+        found[i].event = PyLong_AsVoidPtr(address);
+        if (PyErr_Occurred()) {
+            goto done;
+        }
+    }
+    *out = found;
+    *n_events = (int32_t)n_items;
+    found = NULL;
+    result = 0;
+done:
+    PyMem_Free(found);
+    Py_DECREF(items);
+    return result;
+}
+
 static PyMethodDef module_methods[] = {
     {"backends", backends, METH_NOARGS, backends_doc},
     {"device_register", device_register, METH_O, device_register_doc},
@@ -116,6 +158,11 @@ module_exec(PyObject *module)
     if (state->restore_type == NULL || PyModule_AddType(module, state->restore_type) != 0) {
         return -1;
     }
+    state->observer_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_observer_spec,
+                                                                    NULL);
+    if (state->observer_type == NULL || PyModule_AddType(module, state->observer_type) != 0) {
+        return -1;
+    }
     state->predict_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_predict_spec, NULL);
     if (state->predict_type == NULL || PyModule_AddType(module, state->predict_type) != 0) {
         return -1;
@@ -130,6 +177,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     py_krul_state *state = py_krul_state_of(module);
     Py_VISIT(state->errors);
     Py_VISIT(state->restore_type);
+    Py_VISIT(state->observer_type);
     Py_VISIT(state->predict_type);
     Py_VISIT(state->memory_type);
     return 0;
@@ -141,6 +189,7 @@ module_clear(PyObject *module)
     py_krul_state *state = py_krul_state_of(module);
     Py_CLEAR(state->errors);
     Py_CLEAR(state->restore_type);
+    Py_CLEAR(state->observer_type);
     Py_CLEAR(state->predict_type);
     Py_CLEAR(state->memory_type);
     return 0;

@@ -177,38 +177,16 @@ parse_machine(PyObject *machine, krul_restore_machine *out)
 static int
 parse_streams(PyObject *streams, krul_device_stream **out, int32_t *n_streams)
 {
-    PyObject *items = PySequence_Tuple(streams);
-    int result = -1;
-    if (items == NULL) {
+    krul_device_event *found = NULL;
+    if (py_krul_events(streams, &found, n_streams) != 0) {
         return -1;
     }
-    Py_ssize_t n_items = PyTuple_GET_SIZE(items);
-    krul_device_stream *found = PyMem_Calloc((size_t)n_items + 1, sizeof *found);
-    if (found == NULL) {
-        PyErr_NoMemory();
-        goto done;
+    *out = PyMem_Calloc((size_t)*n_streams + 1, sizeof **out);
+    for (int32_t i = 0; *out != NULL && i < *n_streams; i++) {
+        (*out)[i] = (krul_device_stream){found[i].device_id, found[i].event};
     }
-    for (Py_ssize_t i = 0; i < n_items; i++) {
-        PyObject *handle;
-        int device_id;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(items, i), "iO;a stream is (device, address)",
-                              &device_id, &handle)) {
-            goto done;
-        }
-        found[i].device_id = device_id;
-        found[i].stream = PyLong_AsVoidPtr(handle);
-        if (PyErr_Occurred()) {
-            goto done;
-        }
-    }
-    *out = found;
-    *n_streams = (int32_t)n_items;
-    found = NULL;
-    result = 0;
-done:
     PyMem_Free(found);
-    Py_DECREF(items);
-    return result;
+    return *out != NULL ? 0 : -1;
 }
 
 static PyObject *

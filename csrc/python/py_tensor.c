@@ -37,7 +37,7 @@ ask_for_capsule(PyObject *object, bool is_on_cuda)
     }
     PyObject *capsule = NULL;
     PyObject *no_arguments = PyTuple_New(0);
-    /* -1: the producer need not order anything, for that is done once for all of a restore's arrays. */
+    /* -1: the producer need not order anything, for that is done once for all arrays. */
     PyObject *keywords = is_on_cuda
                              ? Py_BuildValue("{s:(ii),s:i}", "max_version", DLPACK_MAJOR_VERSION, 0,
                                              "stream", -1)
@@ -55,6 +55,12 @@ ask_for_capsule(PyObject *object, bool is_on_cuda)
     Py_XDECREF(no_arguments);
     Py_DECREF(method);
     return capsule;
+}
+
+static bool
+is_anywhere(py_krul_access access)
+{
+    return access == PY_KRUL_OUTPUT_ANYWHERE || access == PY_KRUL_INPUT_ANYWHERE;
 }
 
 static int
@@ -115,7 +121,7 @@ find_device(py_krul_state *state, PyObject *object, const char *name, py_krul_ac
         return -1;
     }
     bool is_here = *device_type == DLPACK_DEVICE_CPU || *device_type == DLPACK_DEVICE_CUDA_HOST;
-    if (is_here || (*device_type == DLPACK_DEVICE_CUDA && access == PY_KRUL_OUTPUT_ANYWHERE)) {
+    if (is_here || (*device_type == DLPACK_DEVICE_CUDA && is_anywhere(access))) {
         return 0;
     }
     krul_error err;
@@ -165,7 +171,7 @@ borrow_dlpack(py_krul_state *state, PyObject *object, const char *name, py_krul_
         tensor->device_type == DLPACK_DEVICE_CUDA_HOST) {
         out->view.device_type = KRUL_DEVICE_CPU;
     }
-    else if (tensor->device_type == DLPACK_DEVICE_CUDA && access == PY_KRUL_OUTPUT_ANYWHERE &&
+    else if (tensor->device_type == DLPACK_DEVICE_CUDA && is_anywhere(access) &&
              told_type == DLPACK_DEVICE_CUDA) {
         out->view.device_type = KRUL_DEVICE_CUDA;
     }
@@ -243,9 +249,9 @@ py_krul_borrow(py_krul_state *state, PyObject *object, const char *name, py_krul
     }
     if (result == 0) {
         krul_error err;
-        krul_status status = access != PY_KRUL_INPUT
-                                 ? krul_view_check_output(&out->view, name, &err)
-                                 : krul_view_check(&out->view, name, &err);
+        bool is_output = access == PY_KRUL_OUTPUT || access == PY_KRUL_OUTPUT_ANYWHERE;
+        krul_status status = is_output ? krul_view_check_output(&out->view, name, &err)
+                                       : krul_view_check(&out->view, name, &err);
         if (status != KRUL_STATUS_OK) {
             result = raise_error(state, &err);
         }

@@ -3,7 +3,8 @@
  * Memory of the device is handed out at addresses that no host can read, so that code which touches
  * it crashes. What is enqueued is done later, by the stream's thread, after a delay at random: who
  * does not wait where it must is found by comparing bytes, and by TSan and ASan. Calls can be made to
- * fail, at once or when they are carried out, and memory to be short. Decoding calls the CPU's. */
+ * fail, at once or when they are carried out, and memory to be short. Decoding, encoding and observing
+ * call the CPU's. */
 #ifndef FAKE_DEVICE_H
 #define FAKE_DEVICE_H
 
@@ -26,6 +27,7 @@ typedef struct fake_state {
     atomic_long calls_until_failure; /* of fallible functions; below 0: none fails */
     atomic_long works_until_failure; /* of what streams carry out */
     atomic_long works_until_damage; /* decodings until one says damage */
+    atomic_long n_encoded, n_observed; /* batches; passes */
     atomic_long n_failed;
     atomic_long n_devices, n_streams, n_events, n_pinned, n_memory; /* that exist */
     atomic_size_t pinned_bytes, memory_bytes;
@@ -52,6 +54,8 @@ typedef enum fake_kind {
     FAKE_RECORD,
     FAKE_WAIT,
     FAKE_DECODE,
+    FAKE_ENCODE,
+    FAKE_OBSERVE,
     FAKE_WRITE, /* a test's own: fill rows with one byte */
 } fake_kind;
 
@@ -72,6 +76,13 @@ typedef struct fake_work {
     krul_device_batch batch;
     const uint8_t *chunk;
     uint32_t *flag;
+    krul_device_encode_batch coding;
+    const uint8_t *plan;
+    uint8_t *payloads;
+    krul_device_result *results;
+    krul_device_observation *observation; /* owned, as krul_device_observation is large */
+    const uint8_t *image;
+    krul_estimator_sums sums;
     krul_view view;
     int byte;
 } fake_work;
@@ -222,6 +233,154 @@ fake_decode_batch(const fake_work *work)
     }
 }
 
+/* What a source was, from what krul_device_encode_prepare wrote of it. */
+static krul_view
+fake_described_view(const krul_device_descriptor *about, int index, krul_dtype dtype)
+{
+    const krul_device_output *output = &about->outputs[index];
+    int64_t element_bytes = (int64_t)krul_dtype_bytes(dtype);
+    return (krul_view){
+        .data = fake_real((const void *)(uintptr_t)output->address),
+        .dtype = dtype,
+        .device_type = KRUL_DEVICE_CPU,
+        .shape = {about->n_planes / about->n_heads, about->n_heads, about->n_tokens,
+                  about->head_dim},
+        .stride = {output->batch_bytes / element_bytes, output->head_bytes / element_bytes,
+                   output->token_bytes / element_bytes, 1},
+    };
+}
+
+static void
+fake_encode_batch(const fake_work *work)
+{
+    const krul_device_encode_batch *batch = &work->coding;
+    const krul_backend *backend = NULL;
+    bool is_pair = krul_codec_n_layers(batch->codec) == 2;
+    int32_t n_views = is_pair ? 2 : 1;
+    if (krul_backend_find(NULL, &backend, NULL) != KRUL_STATUS_OK) {
+        abort();
+    }
+    for (int32_t i = 0; i < batch->n_blocks; i++) {
+        krul_device_descriptor about;
+        memcpy(&about, work->plan + batch->descriptors_offset + (size_t)i * sizeof about,
+               sizeof about);
+        krul_view views[KRUL_COMPRESSOR_MAX_VIEWS] = {
+            fake_described_view(&about, 0, batch->dtype),
+            fake_described_view(&about, is_pair ? 1 : 0, batch->dtype)};
+        krul_device_result *result = &work->results[about.index];
+        size_t capacity_bytes = 0, n_bytes = 0;
+        krul_codec used;
+        if (krul_compressor_bound(views, n_views, &capacity_bytes, NULL) != KRUL_STATUS_OK) {
+            abort();
+        }
+        uint8_t *payload = malloc(capacity_bytes);
+        if (krul_compressor_encode(backend, batch->codec, (krul_kv)about.kv, views, n_views,
+                                   payload, capacity_bytes, &n_bytes, &used, result->error,
+                                   NULL) != KRUL_STATUS_OK) {
+            abort();
+        }
+        result->does_not_fit = used != batch->codec;
+        result->payload_bytes = n_bytes;
+        if (used == batch->codec) {
+            memcpy(work->payloads + (is_pair ? about.directory_offset : about.data_offset), payload,
+                   n_bytes);
+        }
+        free(payload);
+    }
+    atomic_fetch_add(&fake.n_encoded, 1);
+}
+
+/* A view of queries or keys, from what krul_device_observe_fill wrote. */
+static krul_view
+fake_observed_view(const void *data, int32_t dtype, const int64_t *stride, int64_t n_batch,
+                   int64_t n_heads, int64_t n_tokens, int64_t head_dim)
+{
+    return (krul_view){
+        .data = fake_real(data),
+        .dtype = (krul_dtype)dtype,
+        .device_type = KRUL_DEVICE_CPU,
+        .shape = {n_batch, n_heads, n_tokens, head_dim},
+        .stride = {stride[0], stride[1], stride[2], 1},
+    };
+}
+
+/* Where a row is: that is written where it is no padding. Where it is, any padding will do. */
+static int64_t
+fake_row_position(const krul_device_observation *plan, const int32_t *rows, const uint8_t *real)
+{
+    int64_t padding = 0;
+    for (int32_t b = 0; b < plan->n_batch; b++) {
+        if (rows[b * plan->n_rows] >= 0) {
+            return rows[b * plan->n_rows];
+        }
+    }
+    for (int32_t b = 0; b < plan->n_batch; b++) {
+        if (real[b * plan->n_keys_total + padding] != 0) {
+            padding++;
+            b = -1;
+        }
+    }
+    return padding;
+}
+
+static void
+fake_observe_pass(const fake_work *work)
+{
+    const krul_device_observation *plan = work->observation;
+    const uint8_t *image = work->image, *real = plan->real_at == 0 ? NULL : image + plan->real_at;
+    const int32_t *rows = (const int32_t *)(const void *)(image + plan->positions_at);
+    size_t n_rows = (size_t)plan->n_rows, n_all = n_rows * (size_t)plan->n_batch;
+    int32_t n_layers = plan->n_layers;
+    int64_t *positions = calloc(n_rows + 1, sizeof *positions);
+    int64_t *starts = calloc(n_all * (size_t)n_layers + 1, sizeof *starts);
+    krul_estimator_layer *layers = calloc((size_t)n_layers, sizeof *layers);
+    for (int32_t r = 0; r < plan->n_rows; r++) {
+        positions[r] = fake_row_position(plan, rows + r, real);
+    }
+    for (int32_t g = 0; g < plan->n_groups; g++) {
+        const krul_device_observe_group *group = &plan->groups[g];
+        for (int32_t m = 0; m < group->n_members; m++) {
+            krul_device_observed about;
+            memcpy(&about, image + group->members_at + (size_t)m * sizeof about, sizeof about);
+            krul_estimator_layer *layer = &layers[about.layer];
+            layer->queries = fake_observed_view(about.queries, about.query_dtype,
+                                                about.query_stride, plan->n_batch, group->n_heads,
+                                                plan->n_rows, about.head_dim);
+            layer->keys = fake_observed_view(about.keys, about.key_dtype, about.key_stride,
+                                             plan->n_batch, group->n_heads / about.heads_per_kv,
+                                             about.n_keys, about.head_dim);
+            layer->scaling = about.scaling;
+            layer->softcap = about.softcap;
+            layer->key_start = about.key_start;
+            if (about.sinks_at != 0) {
+                layer->sinks = (const float *)(const void *)(image + about.sinks_at);
+            }
+            if (about.starts_at != 0) {
+                const int32_t *from = (const int32_t *)(const void *)(image + about.starts_at);
+                int64_t *to = starts + n_all * (size_t)about.layer;
+                for (size_t i = 0; i < n_all; i++) {
+                    to[i] = from[i];
+                }
+                layer->row_starts = to;
+            }
+        }
+    }
+    const krul_backend *backend = NULL;
+    krul_estimator_sums sums = work->sums;
+    double n_rows_again = 0; /* counted when it was enqueued */
+    sums.n_rows = &n_rows_again;
+    if (krul_backend_find(NULL, &backend, NULL) != KRUL_STATUS_OK ||
+        krul_estimator_observe(backend, layers, n_layers, positions, plan->n_rows, real,
+                               plan->n_keys_total, plan->weight, 1 << 20, 1, &sums,
+                               NULL) != KRUL_STATUS_OK) {
+        abort();
+    }
+    free(layers);
+    free(starts);
+    free(positions);
+    atomic_fetch_add(&fake.n_observed, 1);
+}
+
 static void
 fake_carry_out(fake_stream *stream, const fake_work *work)
 {
@@ -242,10 +401,17 @@ fake_carry_out(fake_stream *stream, const fake_work *work)
     else if (work->kind == FAKE_DECODE && !is_dead) {
         fake_decode_batch(work);
     }
+    else if (work->kind == FAKE_ENCODE && !is_dead) {
+        fake_encode_batch(work);
+    }
+    else if (work->kind == FAKE_OBSERVE && !is_dead) {
+        fake_observe_pass(work);
+    }
     else if (work->kind == FAKE_WRITE && !is_dead) {
         krul_view real = fake_real_view(&work->view);
         fake_copy_rows(&real, NULL, 0, work->byte);
     }
+    free(work->observation);
     pthread_mutex_lock(&fake_lock);
     if (work->kind == FAKE_RECORD) {
         work->event->n_reached = work->turn;
@@ -601,6 +767,44 @@ fake_decode(krul_device *device, void *stream, const krul_device_batch *batch, c
     return status;
 }
 
+static krul_status
+fake_encode(krul_device *device, void *stream, const krul_device_encode_batch *batch,
+            const uint8_t *plan, uint8_t *payloads, uint8_t *workspace, krul_device_result *results,
+            krul_error *err)
+{
+    (void)device;
+    (void)workspace;
+    krul_status status = fake_call("encode", err);
+    if (status == KRUL_STATUS_OK) {
+        fake_enqueue(stream, &(fake_work){.kind = FAKE_ENCODE,
+                                          .coding = *batch,
+                                          .plan = fake_real(plan),
+                                          .payloads = fake_real(payloads),
+                                          .results = fake_real(results)});
+    }
+    return status;
+}
+
+static krul_status
+fake_observe(krul_device *device, void *stream, const krul_device_observation *observation,
+             const uint8_t *image, uint8_t *workspace, krul_estimator_sums *sums, krul_error *err)
+{
+    (void)device;
+    (void)workspace;
+    krul_status status = fake_call("observe", err);
+    if (status == KRUL_STATUS_OK) {
+        fake_work work = {.kind = FAKE_OBSERVE, .image = image, .sums = *sums};
+        work.observation = malloc(sizeof *observation);
+        *work.observation = *observation;
+        work.sums.distances = fake_real(sums->distances);
+        work.sums.importance = fake_real(sums->importance);
+        work.sums.received = fake_real(sums->received);
+        fake_enqueue(stream, &work);
+        *sums->n_rows += observation->weight * observation->n_real_rows;
+    }
+    return status;
+}
+
 static const krul_device_ops fake_ops = {
     .abi = KRUL_DEVICE_ABI,
     .device_type = KRUL_DEVICE_CUDA,
@@ -625,6 +829,8 @@ static const krul_device_ops fake_ops = {
     .decode_bound = fake_bound,
     .decode_prepare = fake_prepare,
     .decode = fake_decode,
+    .encode = fake_encode,
+    .observe = fake_observe,
 };
 
 /* Behave as at first. */
@@ -638,6 +844,8 @@ fake_calm(void)
     atomic_store(&fake.works_until_failure, -1);
     atomic_store(&fake.works_until_damage, -1);
     atomic_store(&fake.n_failed, 0);
+    atomic_store(&fake.n_encoded, 0);
+    atomic_store(&fake.n_observed, 0);
     atomic_store(&fake_has_died, false);
 }
 
