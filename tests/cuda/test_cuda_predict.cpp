@@ -496,6 +496,25 @@ template <typename T> struct aligned {
     aligned &operator=(const aligned &) = delete;
 };
 
+/* A profile with its arrays in the device's memory, which a machine frees. */
+krul_device_profile *
+new_profile(const krul_predict_options &options)
+{
+    krul_error err = {};
+    krul_device_profile *made = nullptr;
+    krul_device_copy copy;
+    CHECK(krul_device_profile_new(&options, &made, &err) == KRUL_STATUS_OK);
+    size_t n_bytes = (static_cast<size_t>(made->n_bytes) + 255) / 256 * 256;
+    made->memory = static_cast<uint8_t *>(std::aligned_alloc(256, n_bytes));
+    std::memset(made->memory, 0xff, n_bytes);
+    for (int32_t i = 0; krul_device_profile_copy(made, &options, i, &copy); i++) {
+        if (copy.n_bytes > 0) {
+            std::memcpy(made->memory + copy.to, copy.from, copy.n_bytes);
+        }
+    }
+    return made;
+}
+
 /* Chains on the emulated device, and what is decoded there. */
 struct machine {
     const fixture &made;
@@ -511,13 +530,16 @@ struct machine {
     explicit machine(const fixture &from, krul_cublas_math math = KRUL_CUBLAS_FLOAT32) : made(from)
     {
         krul_error err = {};
-        CHECK(krul_cuda_profile_new(&made.options, nullptr, &profile, &err) == KRUL_STATUS_OK);
+        krul_device_copy copy;
+        profile = new_profile(made.options);
         CHECK(krul_device_chains_new(profile, &made.options, runs, N_RUNS, &chains, &err) ==
               KRUL_STATUS_OK);
         size_t n_bytes = krul_device_chains_bytes(chains);
         memory = static_cast<uint8_t *>(std::aligned_alloc(256, (n_bytes + 255) / 256 * 256));
         std::memset(memory, 0xff, n_bytes);
-        CHECK(krul_cuda_chains_begin(chains, nullptr, memory, &err) == KRUL_STATUS_OK);
+        for (int32_t i = 0; krul_device_chains_copy(chains, i, &copy); i++) {
+            std::memcpy(memory + copy.to, copy.from, copy.n_bytes);
+        }
         CHECK(krul_cublas_new(&stub, nullptr, nullptr, 0, math, &cublas, &err) == KRUL_STATUS_OK);
         for (int i = 0; i < 2 * N_LAYERS; i++) {
             decoded.emplace_back(made.of, N_TOKENS);
@@ -527,7 +549,8 @@ struct machine {
     {
         krul_cublas_free(cublas);
         krul_device_chains_free(chains);
-        krul_cuda_profile_free(profile);
+        std::free(profile->memory);
+        krul_device_profile_free(profile);
         std::free(memory);
     }
     machine(const machine &) = delete;
@@ -784,9 +807,7 @@ test_damage()
         n_by_host += status != KRUL_STATUS_OK;
         n_by_kernel += status == KRUL_STATUS_OK && device.damage != 0;
         n_sound += wanted == KRUL_STATUS_OK;
-        if (status == KRUL_STATUS_CORRUPT) {
-            CHECK(std::strstr(err.message, "layer 0, tokens from 5: ") == err.message);
-        }
+        CHECK(status == KRUL_STATUS_OK || (device.bad_block == 0 && err.message[0] != '\0'));
         krul_predict_free(predict);
     };
     for (size_t n_bytes = 0; n_bytes < payload.size(); n_bytes++) {
@@ -919,7 +940,7 @@ test_arguments()
     CHECK(krul_device_chains_new(device.profile, &made.options, runs, 0, &chains, &err) ==
           KRUL_STATUS_BAD_VALUE);
     CHECK(chains == nullptr);
-    krul_cuda_profile_free(nullptr);
+    krul_device_profile_free(nullptr);
     krul_device_chains_free(nullptr);
     /* Layers 0, 1 and 3 are needed at once, then 0 is free: three slots for five layers. */
     CHECK(device.profile->n_slots == 3 && device.profile->layers[4].slot == 0);
