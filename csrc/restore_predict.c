@@ -321,7 +321,7 @@ krul_lane_begin_chains(krul_lane *lane, const krul_predict *predict, const krul_
     krul_profiles *profiles = lane->profiles;
     void *memory = NULL;
     krul_device_copy copy;
-    size_t n_bytes;
+    size_t n_bytes = 0;
     krul_lane_chains *made = calloc(1, sizeof *made);
     if (made == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for chains");
