@@ -195,7 +195,6 @@ class _Fake:
                     found = view.array()
                     found[...] = one[:, :, : found.shape[2]]
 
-
     def decode_links(self, batch: _PredictBatch, chunk: int) -> None:
         """Decode what `predict_prepare` has noted, with the predictor that was made last."""
         for entry, offset, _, views in self.jobs.pop(batch.units_at):
