@@ -569,8 +569,10 @@ enqueue_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker)
             step_failure = failure;
             chunk->statuses[i] = status;
         }
-        else if (chunk->statuses[i] != KRUL_STATUS_OK &&
-                 check_chain(restore, index, &step_failure) == KRUL_STATUS_OK) {
+        else if (check_chain(restore, index, &step_failure) != KRUL_STATUS_OK) {
+            chunk->statuses[i] = step_failure.status; /* or it was found to be only now */
+        }
+        else if (chunk->statuses[i] != KRUL_STATUS_OK) {
             (void)krul_fail(&step_failure, chunk->statuses[i], "layer %d, tokens from %lld: %s",
                             (int)step->entry.layer_lower, (long long)step->entry.token_start,
                             first_failure.message);
