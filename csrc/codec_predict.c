@@ -43,6 +43,7 @@ typedef struct predict_chain {
 
 struct krul_predict {
     const krul_blas *blas;
+    krul_entropy_table *frequencies; /* what the tables were made of */
     krul_entropy_tables *tables;
     float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
     float (*shift_costs)[N_SYMBOLS][SHIFT_FLOATS]; /* the same by class and shift; for encoding */
@@ -55,6 +56,7 @@ struct krul_predict {
     int64_t n_batch;
     int64_t token_start;
     int64_t n_tokens;
+    uint8_t digest[KRUL_PREDICT_DIGEST_BYTES];
     pthread_mutex_t lock; /* guards the list of chains, not what is in them */
     predict_chain *chains;
 };
@@ -209,14 +211,16 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         const krul_predict_layer *layer = &options->layers[i];
         is_encoding = is_encoding || (layer->n_heads > 0 && layer->forward != NULL);
     }
+    made->frequencies = malloc((size_t)options->n_tables * sizeof *made->frequencies);
     made->costs = malloc((size_t)options->n_tables * sizeof *made->costs);
     made->layers = malloc(n_layers * sizeof *made->layers);
     made->n_users = calloc(n_layers, sizeof *made->n_users);
     if (is_encoding) {
         made->shift_costs = malloc((size_t)options->n_tables * sizeof *made->shift_costs);
     }
-    if (made->costs == NULL || made->layers == NULL || made->n_users == NULL ||
-        !new_levels(made, options) || (is_encoding && made->shift_costs == NULL)) {
+    if (made->frequencies == NULL || made->costs == NULL || made->layers == NULL ||
+        made->n_users == NULL || !new_levels(made, options) ||
+        (is_encoding && made->shift_costs == NULL)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %zu layers", n_layers);
         goto done;
     }
@@ -227,6 +231,9 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
     for (int32_t i = 0; i < options->n_tables && is_encoding; i++) {
         fill_shift_costs(made, i, made->shift_costs[i]);
     }
+    memcpy(made->frequencies, options->tables,
+           (size_t)options->n_tables * sizeof *made->frequencies);
+    memcpy(made->digest, options->digest, sizeof made->digest);
     memcpy(made->layers, options->layers, n_layers * sizeof *made->layers);
     for (size_t i = 0; i < n_layers; i++) {
         for (int32_t k = 0; made->layers[i].n_heads > 0 && k < made->layers[i].n_sources; k++) {
@@ -270,6 +277,7 @@ krul_predict_free(krul_predict *predict)
     }
     pthread_mutex_destroy(&predict->lock);
     krul_entropy_tables_free(predict->tables);
+    free(predict->frequencies);
     free(predict->costs);
     free(predict->shift_costs);
     free(predict->layers);
@@ -279,6 +287,24 @@ krul_predict_free(krul_predict *predict)
     free(predict->levels);
     free(predict->n_users);
     free(predict);
+}
+
+krul_predict_options
+krul_predict_options_of(const krul_predict *predict)
+{
+    krul_predict_options options = {
+        .blas = predict->blas,
+        .tables = predict->frequencies,
+        .n_tables = predict->n_tables,
+        .unit_table = predict->unit_table,
+        .n_layers = predict->n_layers,
+        .layers = predict->layers,
+        .n_batch = predict->n_batch,
+        .token_start = predict->token_start,
+        .n_tokens = predict->n_tokens,
+    };
+    memcpy(options.digest, predict->digest, sizeof options.digest);
+    return options;
 }
 
 /* ---- chains ------------------------------------------------------------------------------------ */

@@ -13,6 +13,9 @@ enum {
 krul_status krul_predict_check_options(const krul_predict_options *options,
                                        krul_error *err) KRUL_MUST_CHECK;
 
+/* The options that a predictor was made of, borrowed from it. */
+krul_predict_options krul_predict_options_of(const krul_predict *predict);
+
 /* 3 log2(value), rounded down; by comparisons alone, so that every machine finds the same. */
 int32_t krul_predict_level_of(float value);
 

@@ -11,6 +11,7 @@
 #include "device_decode.h"
 #include "device_encode.h"
 #include "device_estimator.h"
+#include "device_predict.h"
 #include "krul.h"
 
 #ifdef __cplusplus
@@ -54,7 +55,8 @@ typedef struct krul_device_ops {
     krul_status (*stream_wait_event)(krul_device *device, void *stream, void *event,
                                      krul_error *err);
 
-    /* From pinned memory to the device, and back. */
+    /* From memory of the host to the device, and back to pinned memory. What is not pinned is copied
+     * more slowly, and must stay as it is until the copy is done. */
     krul_status (*copy_in)(krul_device *device, void *stream, void *to, const void *from,
                            size_t n_bytes, krul_error *err);
     krul_status (*copy_out)(krul_device *device, void *stream, void *to, const void *from,
@@ -72,6 +74,30 @@ typedef struct krul_device_ops {
      * could not see sets *damage_flag. */
     krul_status (*decode)(krul_device *device, void *stream, const krul_device_batch *batch,
                           const uint8_t *chunk, uint32_t *damage_flag, krul_error *err);
+
+    /* What products on a stream take, all of it; freed before the stream, for one thread at a time.
+     * NULL, or KRUL_STATUS_UNSUPPORTED where a library is missing: the CPU decodes codec predict. */
+    krul_status (*products_new)(krul_device *device, void *stream, void **out, krul_error *err);
+    void (*products_free)(krul_device *device, void *products);
+
+    /* What is done on the host, without the device. NULL: as device_predict.h says. */
+    size_t (*predict_bound)(const krul_device_block *blocks, int32_t n_blocks);
+    krul_status (*predict_prepare)(krul_device_chains *chains, uint8_t *chunk, size_t chunk_bytes,
+                                   size_t used_bytes, const krul_device_block *blocks,
+                                   int32_t n_blocks, krul_device_predict_batch *batches_out,
+                                   int32_t *n_batches_out, size_t *used_bytes_out,
+                                   int32_t *bad_block_out, krul_error *err);
+
+    /* Enqueue the two steps of a batch, as device_predict.h has them; chunk, memory, scratch and
+     * damage_flag are memory of the device. */
+    krul_status (*predict_numbers)(krul_device *device, void *stream,
+                                   const krul_device_chains *chains,
+                                   const krul_device_predict_batch *batch, const uint8_t *chunk,
+                                   uint8_t *scratch, uint32_t *damage_flag, krul_error *err);
+    krul_status (*predict_rows)(krul_device *device, void *products,
+                                const krul_device_chains *chains,
+                                const krul_device_predict_batch *batch, const uint8_t *chunk,
+                                uint8_t *memory, uint8_t *scratch, krul_error *err);
 
     /* Enqueue the coding of one batch, see krul_cuda_encode in device_encode.h: all but the batch is
      * memory of the device. */

@@ -517,16 +517,14 @@ check_block(const krul_device_chains *chains, const krul_device_block *block, ch
                          (int)layer->width);
     }
     if (index < run->next_layer_if_done) {
-        return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                         "layer %d, tokens from %lld: layer %d was prepared before", (int)index,
-                         (long long)run->token_start, (int)run->next_layer_if_done - 1);
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d was prepared before",
+                         (int)run->next_layer_if_done - 1);
     }
     const uint8_t *is_decoded = chains->is_decoded + (run - chains->runs) * profile->n_layers;
     for (int32_t i = 0; i < layer->n_sources; i++) {
         if (is_decoded[layer->sources[i]] == 0) {
-            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
-                             "layer %d, tokens from %lld: its source, layer %d, was not decoded",
-                             (int)index, (long long)run->token_start, (int)layer->sources[i]);
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE, "its source, layer %d, was not decoded",
+                             (int)layer->sources[i]);
         }
     }
     *run_out = run;
@@ -774,7 +772,6 @@ krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t c
     }
     krul_device_predict_unit *units = (krul_device_predict_unit *)(void *)(chunk + units_at);
     for (int32_t i = 0; i < n_blocks; i++) {
-        krul_error inner = {0};
         chain_run *run = NULL;
         float step = 0;
         int32_t n_used = 0;
@@ -788,13 +785,8 @@ krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t c
                                chunk_bytes, (int)i, (int)n_blocks);
             goto done;
         }
-        status = fill_unit(chains, chunk, chunk_bytes, &blocks[i], run, chunk + bytes_at, &units[i],
-                           &step, &n_used, &inner);
-        if (status != KRUL_STATUS_OK) {
-            (void)krul_fail(err, status, "layer %d, tokens from %lld: %s", (int)entry->layer_lower,
-                            (long long)entry->token_start, inner.message);
-            goto done;
-        }
+        KRUL_TRY(fill_unit(chains, chunk, chunk_bytes, &blocks[i], run, chunk + bytes_at, &units[i],
+                           &step, &n_used, err));
         bytes_at = end;
         units[i].factor = step; /* what it is for now */
         if (n_batches == 0 ||

@@ -169,19 +169,8 @@ const krul_device_profile *krul_device_chains_profile(const krul_device_chains *
 uint64_t krul_device_chains_slot(const krul_device_chains *chains, int32_t slot);
 
 /* ---- on a GPU, cuda/predict.cu ----------------------------------------------------------------- */
-/* Memory is the device's unless said otherwise, and must be aligned to KRUL_DEVICE_MEMORY_ALIGNMENT. Streams
- * are cudaStream_t. Everything but making a profile only enqueues. */
-
-/* Lay a profile out and copy it to the current device; waits until that is done. */
-krul_status krul_cuda_profile_new(const krul_predict_options *options, void *stream,
-                                  krul_device_profile **out, krul_error *err) KRUL_MUST_CHECK;
-
-/* No work that uses it may be under way. NULL is allowed. */
-void krul_cuda_profile_free(krul_device_profile *profile);
-
-/* Copy the cosines and sines to the chains' memory, of krul_device_chains_bytes. */
-krul_status krul_cuda_chains_begin(const krul_device_chains *chains, void *stream, uint8_t *memory,
-                                   krul_error *err) KRUL_MUST_CHECK;
+/* Memory is the device's, aligned to KRUL_DEVICE_MEMORY_ALIGNMENT; the profile's and the chains' arrays
+ * have been copied there. Streams are cudaStream_t. Nothing waits and nothing is allocated. */
 
 /* Decode the numbers of a batch to scratch, of krul_device_predict_scratch. No other layer is needed,
  * so that this may run ahead, on a stream of its own: a batch is few warps and long. A stream that

@@ -405,7 +405,11 @@ krul_status krul_compressor_decode(const krul_backend *backend, krul_codec codec
  * a run are a chain: each layer is predicted from what was decoded of its sources, so a chain is
  * coded and decoded in the order of the layers. Distinct chains are independent. */
 
-enum { KRUL_PREDICT_MAX_SOURCES = 2, KRUL_PREDICT_MAX_WIDTH = 1 << 15 };
+enum {
+    KRUL_PREDICT_MAX_SOURCES = 2,
+    KRUL_PREDICT_MAX_WIDTH = 1 << 15,
+    KRUL_PREDICT_DIGEST_BYTES = 32,
+};
 
 #define KRUL_PREDICT_MIN_STEP 1e-6f
 #define KRUL_PREDICT_MAX_STEP 1e6f
@@ -456,6 +460,9 @@ typedef struct krul_predict_options {
     int64_t n_batch;
     int64_t token_start; /* the first token whose rotation is known */
     int64_t n_tokens;
+    /* The same for two only where tables and layers are, but for the rotations; a device keeps what
+     * it was given under it. All zeros: not known. */
+    uint8_t digest[KRUL_PREDICT_DIGEST_BYTES];
 } krul_predict_options;
 
 /* A profile made ready for one conversation, and the chains that are under way. */
@@ -865,6 +872,10 @@ void krul_restore_drop(krul_restore *restore, int32_t layer, int64_t n_tokens);
  * happens. */
 krul_status krul_restore_lead(krul_restore *restore, int32_t device_id, void *stream,
                               krul_error *err) KRUL_MUST_CHECK;
+
+/* Why blocks of codec predict are decoded by the CPU though their views are on a device; "" where
+ * they are not. Known once the restore has started; borrowed from it. */
+const char *krul_restore_predict_problem(const krul_restore *restore);
 
 /* Take steps that have not begun in this order from now on: a permutation of n_steps indices. */
 krul_status krul_restore_reorder(krul_restore *restore, const int64_t *order, int64_t n_steps,

@@ -3,7 +3,8 @@
  *
  * A chunk begins with the flag that a decoding sets when it finds damage: the copy to the device
  * clears it, and four bytes are copied back behind the decoding. Copies and decodings are on two
- * streams, so that the next chunk is copied while one is decoded. */
+ * streams, so that the next chunk is copied while one is decoded. Blocks of codec predict are prepared
+ * while nobody else enqueues: what is told to the streams must come in the order of the chains. */
 #include "restore_device.h"
 
 #include <pthread.h>
@@ -12,6 +13,7 @@
 
 #include "device_station.h"
 #include "internal.h"
+#include "restore_predict.h"
 
 enum {
     HEADER_BYTES = 64, /* of a chunk; the flag is its first number */
@@ -25,7 +27,8 @@ enum {
 };
 
 struct krul_device_pool {
-    krul_device_ops ops; /* every entry is set */
+    krul_device_ops ops; /* every entry is set, but those of a device without codec predict */
+    krul_profiles *profiles;
     size_t chunk_bytes;
     int32_t n_chunks;
     int32_t max_idle;
@@ -64,6 +67,15 @@ krul_device_pool_new(const krul_device_ops *ops, const krul_device_pool_options 
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a pool of lanes");
     }
     pool->ops = *ops;
+    krul_status status = krul_profiles_new(&pool->ops, &pool->profiles, err);
+    if (status != KRUL_STATUS_OK) {
+        free(pool);
+        return status;
+    }
+    if (ops->predict_prepare == NULL) {
+        pool->ops.predict_bound = krul_device_predict_bound;
+        pool->ops.predict_prepare = krul_device_predict_prepare;
+    }
     if (ops->decode_is_supported == NULL) {
         pool->ops.decode_is_supported = krul_device_decode_is_supported;
         pool->ops.decode_bound = krul_device_decode_bound;
@@ -110,6 +122,10 @@ free_chunk(krul_lane *lane, krul_chunk *chunk)
     free(chunk->blocks);
     free(chunk->block_steps);
     free(chunk->block_views);
+    free(chunk->links);
+    free(chunk->link_blocks);
+    free(chunk->batches);
+    free(chunk->batch_chains);
     free(chunk->steps);
     free(chunk->statuses);
     memset(chunk, 0, sizeof *chunk);
@@ -130,6 +146,8 @@ free_lane(krul_lane *lane)
         if (lane->decode_stream != NULL) {
             (void)ops->stream_synchronize(lane->device, lane->decode_stream, NULL);
         }
+        krul_lane_end_chains(lane);
+        krul_lane_free_ahead(lane);
         for (int32_t i = 0; i < lane->n_chunks; i++) {
             free_chunk(lane, &lane->chunks[i]);
         }
@@ -163,10 +181,15 @@ new_chunk(krul_lane *lane, size_t chunk_bytes, krul_chunk *out, krul_error *err)
     chunk.blocks = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.blocks);
     chunk.block_steps = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.block_steps);
     chunk.block_views = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.block_views);
+    chunk.links = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.links);
+    chunk.link_blocks = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.link_blocks);
+    chunk.batches = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.batches);
+    chunk.batch_chains = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.batch_chains);
     chunk.steps = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.steps);
     chunk.statuses = calloc(KRUL_CHUNK_MAX_BLOCKS, sizeof *chunk.statuses);
     if (chunk.blocks == NULL || chunk.block_steps == NULL || chunk.block_views == NULL ||
-        chunk.steps == NULL || chunk.statuses == NULL) {
+        chunk.links == NULL || chunk.link_blocks == NULL || chunk.batches == NULL ||
+        chunk.batch_chains == NULL || chunk.steps == NULL || chunk.statuses == NULL) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a chunk's list");
         goto done;
     }
@@ -237,6 +260,7 @@ new_lane(krul_device_pool *pool, int32_t device_id, size_t need_bytes, krul_lane
     krul_lane *lane = &made->lane;
     lane->pool = pool;
     lane->ops = &pool->ops;
+    lane->profiles = pool->profiles;
     lane->device_id = device_id;
     KRUL_TRY(pool->ops.open(device_id, &lane->device, err));
     KRUL_TRY(pool->ops.stream_new(lane->device, &lane->copy_stream, err));
@@ -307,6 +331,7 @@ krul_lane_give(krul_lane *lane)
     }
     krul_device_pool *pool = lane->pool;
     krul_lane *unwanted = lane;
+    krul_lane_end_chains(lane);
     pthread_mutex_lock(&pool->lock);
     if (lane->failure.status == KRUL_STATUS_OK) {
         lane->next = pool->idle;
@@ -339,6 +364,7 @@ krul_device_pool_free(krul_device_pool *pool)
         free_lane(lane);
     }
     krul_station_shelf_close(&pool->shelf);
+    krul_profiles_free(pool->profiles);
     pthread_mutex_destroy(&pool->lock);
     free(pool);
 }
@@ -387,7 +413,7 @@ krul_lane_next_chunk(krul_lane *lane)
         if (chunk->state == KRUL_CHUNK_FREE) {
             chunk->state = KRUL_CHUNK_FILLING;
             chunk->used_bytes = HEADER_BYTES;
-            chunk->n_blocks = chunk->n_steps = 0;
+            chunk->n_blocks = chunk->n_links = chunk->n_steps = 0;
             return chunk;
         }
     }
@@ -464,9 +490,17 @@ make_blocks(const krul_device_ops *ops, const krul_store_entry *entry, const kru
     return n_blocks;
 }
 
+/* What preparing a block of chains may append, whatever stands before it. */
+static size_t
+link_bound(const krul_device_ops *ops, const krul_store_entry *entry)
+{
+    krul_device_block block = {.entry = entry};
+    return aligned(ops->predict_bound(&block, 1));
+}
+
 krul_status
 krul_chunk_need(const krul_device_ops *ops, const krul_store_entry *entry, const krul_view *views,
-                size_t *n_bytes_out, krul_error *err)
+                bool is_link, size_t *n_bytes_out, krul_error *err)
 {
     krul_device_block blocks[KRUL_COMPRESSOR_MAX_VIEWS];
     int32_t block_views[KRUL_COMPRESSOR_MAX_VIEWS];
@@ -475,26 +509,43 @@ krul_chunk_need(const krul_device_ops *ops, const krul_store_entry *entry, const
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "a block has %llu coded bytes",
                          (unsigned long long)entry->payload_bytes);
     }
-    int32_t n_blocks = make_blocks(ops, entry, views, HEADER_BYTES, blocks, block_views, &n_bytes);
-    *n_bytes_out = HEADER_BYTES + n_bytes + aligned(ops->decode_bound(blocks, n_blocks)) +
-                   ALIGNMENT;
+    if (is_link) {
+        n_bytes = aligned((size_t)entry->payload_bytes) + link_bound(ops, entry);
+    }
+    else {
+        int32_t n_blocks = make_blocks(ops, entry, views, HEADER_BYTES, blocks, block_views,
+                                       &n_bytes);
+        n_bytes += aligned(ops->decode_bound(blocks, n_blocks));
+    }
+    *n_bytes_out = HEADER_BYTES + n_bytes + 2 * ALIGNMENT;
     return KRUL_STATUS_OK;
 }
 
 bool
-krul_chunk_has_room(const krul_chunk *chunk, const krul_store_entry *entry, const krul_view *views)
+krul_chunk_has_room(const krul_chunk *chunk, const krul_store_entry *entry, const krul_view *views,
+                    const krul_lane_chains *chains)
 {
     const krul_lane *lane = chunk->lane;
-    size_t n_bytes;
-    if (chunk->n_blocks + KRUL_COMPRESSOR_MAX_VIEWS > KRUL_CHUNK_MAX_BLOCKS) {
+    size_t n_bytes = 0, bound = 0;
+    int32_t n_blocks = chunk->n_blocks;
+    if (n_blocks + chunk->n_links + KRUL_COMPRESSOR_MAX_VIEWS > KRUL_CHUNK_MAX_BLOCKS ||
+        chunk->n_steps == KRUL_CHUNK_MAX_BLOCKS) {
         return false;
     }
-    /* Tried behind the others: what stands there is not in the chunk yet. */
-    int32_t n_blocks = make_blocks(lane->ops, entry, views, chunk->used_bytes,
-                                   &chunk->blocks[chunk->n_blocks],
-                                   &chunk->block_views[chunk->n_blocks], &n_bytes);
-    size_t bound = lane->ops->decode_bound(chunk->blocks, chunk->n_blocks + n_blocks);
-    return chunk->used_bytes + n_bytes + aligned(bound) + ALIGNMENT <= lane->chunk_bytes;
+    if (chains != NULL) {
+        n_bytes = aligned((size_t)entry->payload_bytes);
+        bound = link_bound(lane->ops, entry);
+    }
+    else {
+        /* Tried behind the others: what stands there is not in the chunk yet. */
+        n_blocks += make_blocks(lane->ops, entry, views, chunk->used_bytes,
+                                &chunk->blocks[n_blocks], &chunk->block_views[n_blocks], &n_bytes);
+    }
+    for (int32_t i = 0; i < chunk->n_links; i++) {
+        bound += link_bound(lane->ops, chunk->links[i].block.entry);
+    }
+    bound += aligned(lane->ops->decode_bound(chunk->blocks, n_blocks));
+    return chunk->used_bytes + n_bytes + bound + 2 * ALIGNMENT <= lane->chunk_bytes;
 }
 
 uint8_t *
@@ -503,14 +554,52 @@ krul_chunk_payload(krul_chunk *chunk)
     return chunk->pinned + chunk->used_bytes;
 }
 
+/* Do these stand in order: chains by chains, layer by layer, within one by token? */
+static bool
+are_in_order(const krul_chunk_link *left, const krul_chunk_link *right)
+{
+    const krul_store_entry *lower = left->block.entry, *upper = right->block.entry;
+    if (left->chains != right->chains) {
+        return (uintptr_t)left->chains < (uintptr_t)right->chains;
+    }
+    if (lower->layer_lower != upper->layer_lower) {
+        return lower->layer_lower < upper->layer_lower;
+    }
+    return lower->token_start < upper->token_start;
+}
+
+static void
+add_link(krul_chunk *chunk, const krul_store_entry *entry, const krul_view *views,
+         krul_lane_chains *chains)
+{
+    krul_chunk_link link = {
+        .block = {.entry = entry, .payload_offset = chunk->used_bytes},
+        .chains = chains,
+        .step = chunk->n_steps,
+    };
+    memcpy(link.block.views, views, sizeof link.block.views);
+    int32_t at = chunk->n_links++;
+    while (at > 0 && !are_in_order(&chunk->links[at - 1], &link)) {
+        chunk->links[at] = chunk->links[at - 1];
+        at--;
+    }
+    chunk->links[at] = link;
+}
+
 void
 krul_chunk_add(krul_chunk *chunk, int64_t step, const krul_store_entry *entry,
-               const krul_view *views)
+               const krul_view *views, krul_lane_chains *chains)
 {
     size_t n_bytes;
     int32_t first = chunk->n_blocks;
-    chunk->n_blocks += make_blocks(chunk->lane->ops, entry, views, chunk->used_bytes,
-                                   &chunk->blocks[first], &chunk->block_views[first], &n_bytes);
+    if (chains != NULL) {
+        add_link(chunk, entry, views, chains);
+        n_bytes = aligned((size_t)entry->payload_bytes);
+    }
+    else {
+        chunk->n_blocks += make_blocks(chunk->lane->ops, entry, views, chunk->used_bytes,
+                                       &chunk->blocks[first], &chunk->block_views[first], &n_bytes);
+    }
     for (int32_t i = first; i < chunk->n_blocks; i++) {
         chunk->block_steps[i] = chunk->n_steps;
     }
@@ -543,8 +632,15 @@ krul_chunk_host_views(const krul_chunk *chunk, const krul_store_entry *entry,
 }
 
 void
-krul_chunk_set_views(krul_chunk *chunk, int32_t index, const krul_view *views)
+krul_chunk_set_views(krul_chunk *chunk, int32_t index, const krul_view *views, bool is_needed)
 {
+    for (int32_t i = 0; i < chunk->n_links; i++) {
+        krul_chunk_link *link = &chunk->links[i];
+        if (link->step == index) {
+            memcpy(link->block.views, views, sizeof link->block.views);
+            link->is_needed = is_needed;
+        }
+    }
     for (int32_t i = 0; i < chunk->n_blocks; i++) {
         if (chunk->block_steps[i] != index) {
             continue;
@@ -573,6 +669,13 @@ keep_wanted(krul_chunk *chunk)
         chunk->blocks[n_kept++] = *block;
     }
     chunk->n_blocks = n_kept;
+    n_kept = 0;
+    for (int32_t i = 0; i < chunk->n_links; i++) {
+        if (chunk->links[i].is_needed && chunk->statuses[chunk->links[i].step] == KRUL_STATUS_OK) {
+            chunk->links[n_kept++] = chunk->links[i];
+        }
+    }
+    chunk->n_links = n_kept;
 }
 
 /* Check the blocks and write behind them what the device must know; leave out what is damaged. */
@@ -600,9 +703,67 @@ prepare(krul_chunk *chunk, krul_device_batch *batches, int32_t *n_batches_out,
     return KRUL_STATUS_OK;
 }
 
+/* A block of chains is damaged: it and what follows it in its run is not to be decoded. */
+static void
+leave_out(krul_chunk *chunk, const krul_chunk_link *bad, krul_status failure)
+{
+    for (int32_t i = 0; i < chunk->n_links; i++) {
+        const krul_chunk_link *link = &chunk->links[i];
+        const krul_store_entry *entry = link->block.entry;
+        if (link->chains == bad->chains && entry->token_start == bad->block.entry->token_start &&
+            entry->layer_lower >= bad->block.entry->layer_lower) {
+            chunk->statuses[link->step] = failure;
+        }
+    }
+}
+
+/* The same for blocks of codec predict, as many at once as there is scratch for; with the streams'
+ * lock. What is prepared counts as decoded for what comes later. */
+static krul_status
+prepare_links(krul_chunk *chunk, int32_t *n_batches_out, size_t *used_bytes,
+              krul_error *first_failure, krul_error *err)
+{
+    const krul_lane *lane = chunk->lane;
+    int32_t first = 0;
+    *n_batches_out = 0;
+    while (first < chunk->n_links) {
+        const krul_lane_chains *chains = chunk->links[first].chains;
+        int64_t n_rows = 0;
+        int32_t n_blocks = 0, n_batches = 0, bad_block = -1;
+        for (int32_t i = first; i < chunk->n_links && chunk->links[i].chains == chains; i++) {
+            n_rows += krul_chain_rows(chunk->links[i].block.entry);
+            if (i > first && n_rows > chains->max_rows) {
+                break;
+            }
+            chunk->link_blocks[n_blocks++] = chunk->links[i].block;
+        }
+        krul_status status = lane->ops->predict_prepare(
+            chains->chains, chunk->pinned, lane->chunk_bytes, *used_bytes, chunk->link_blocks,
+            n_blocks, chunk->batches + *n_batches_out, &n_batches, used_bytes, &bad_block, err);
+        if (status == KRUL_STATUS_OK) {
+            for (int32_t i = 0; i < n_batches; i++) {
+                chunk->batch_chains[(*n_batches_out)++] = chunk->links[first].chains;
+            }
+            first += n_blocks;
+            continue;
+        }
+        if (bad_block < 0 || bad_block >= n_blocks) {
+            return status;
+        }
+        if (first_failure->status == KRUL_STATUS_OK && err != NULL) {
+            *first_failure = *err;
+        }
+        /* What was prepared before it is good, and stays where it is. */
+        krul_chunk_link bad = chunk->links[first + bad_block];
+        leave_out(chunk, &bad, status);
+        keep_wanted(chunk);
+    }
+    return KRUL_STATUS_OK;
+}
+
 static krul_status
 tell_streams(krul_chunk *chunk, const krul_device_batch *batches, int32_t n_batches,
-             size_t used_bytes, krul_error *err)
+             int32_t n_link_batches, size_t used_bytes, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     krul_lane *lane = chunk->lane;
@@ -616,6 +777,10 @@ tell_streams(krul_chunk *chunk, const krul_device_batch *batches, int32_t n_batc
     for (int32_t i = 0; i < n_batches; i++) {
         KRUL_TRY(
             ops->decode(lane->device, lane->decode_stream, &batches[i], chunk->memory, flag, err));
+    }
+    for (int32_t i = 0; i < n_link_batches; i++) {
+        KRUL_TRY(krul_lane_decode_batch(lane, chunk->batch_chains[i], &chunk->batches[i], chunk,
+                                        flag, err));
     }
     KRUL_TRY(
         ops->copy_out(lane->device, lane->decode_stream, chunk->pinned, flag, sizeof *flag, err));
@@ -633,6 +798,9 @@ give_up(krul_lane *lane, const krul_error *failure)
         lane->failure.status = KRUL_STATUS_DEVICE;
     }
     (void)lane->ops->stream_synchronize(lane->device, lane->copy_stream, NULL);
+    for (int i = 0; i < KRUL_LANE_N_AHEAD && lane->products != NULL; i++) {
+        (void)lane->ops->stream_synchronize(lane->device, lane->ahead[i].stream, NULL);
+    }
     (void)lane->ops->stream_synchronize(lane->device, lane->decode_stream, NULL);
 }
 
@@ -641,23 +809,23 @@ krul_chunk_enqueue(krul_chunk *chunk, krul_error *first_failure, krul_error *err
 {
     krul_lane *lane = chunk->lane;
     krul_device_batch batches[KRUL_DEVICE_MAX_BATCHES];
-    int32_t n_batches = 0;
-    size_t used_bytes = 0;
+    int32_t n_batches = 0, n_link_batches = 0;
+    size_t used_bytes = chunk->used_bytes;
     krul_error failure = {.status = KRUL_STATUS_OK};
     memset(chunk->pinned, 0, HEADER_BYTES);
     keep_wanted(chunk);
-    if (chunk->n_blocks == 0) {
-        return KRUL_STATUS_OK;
-    }
     krul_status status = prepare(chunk, batches, &n_batches, &used_bytes, first_failure, &failure);
-    if (status == KRUL_STATUS_OK && n_batches > 0) {
+    if (status == KRUL_STATUS_OK && chunk->n_blocks + chunk->n_links > 0) {
         lock_streams(lane);
         if (lane->failure.status != KRUL_STATUS_OK) {
             failure = lane->failure;
             status = failure.status;
         }
         else {
-            status = tell_streams(chunk, batches, n_batches, used_bytes, &failure);
+            status = prepare_links(chunk, &n_link_batches, &used_bytes, first_failure, &failure);
+        }
+        if (status == KRUL_STATUS_OK && n_batches + n_link_batches > 0) {
+            status = tell_streams(chunk, batches, n_batches, n_link_batches, used_bytes, &failure);
             if (status != KRUL_STATUS_OK) {
                 give_up(lane, &failure);
             }
@@ -665,7 +833,7 @@ krul_chunk_enqueue(krul_chunk *chunk, krul_error *first_failure, krul_error *err
         unlock_streams(lane);
     }
     if (status != KRUL_STATUS_OK) {
-        chunk->n_blocks = 0;
+        chunk->n_blocks = chunk->n_links = 0;
         return krul_fail(err, KRUL_STATUS_DEVICE, "%s", failure.message);
     }
     return KRUL_STATUS_OK;

@@ -9,6 +9,11 @@
  * copy and decoding; see restore_device.c. It takes a chunk before it takes a step: who has a step
  * must get on without waiting for a thread that took a later one.
  *
+ * Blocks of codec predict are decoded by a device in the order of their chains, so a chunk is enqueued
+ * after those with what its blocks are predicted from. None waits for a later one: a chunk that has
+ * blocks takes no other that is predicted from what is in a chunk not yet enqueued. All chains of a
+ * predictor are decoded by one device, or by the CPU where that cannot be.
+ *
  * On a machine that is made up there are no threads: whoever waits carries the steps out, each on
  * the worker that is free first, and reading and decoding only move clocks. */
 #include <fcntl.h>
@@ -19,7 +24,7 @@
 #include <time.h>
 
 #include "internal.h"
-#include "restore_device.h"
+#include "restore_predict.h"
 #include "restore_step.h"
 
 typedef enum step_state {
@@ -55,6 +60,8 @@ struct krul_restore {
     krul_status *failures; /* of each step; with the lock */
     uint8_t *is_decoded; /* what is predicted from a step may be decoded; with the lock */
     uint8_t *step_lanes; /* the lane of each step, or NO_LANE */
+    krul_lane_chains **step_chains; /* NULL: not of codec predict, or decoded by the CPU */
+    krul_error predict_problem; /* why that is so */
     krul_lane *lanes[MAX_LANES];
     int32_t n_lanes;
     restore_layer *layers;
@@ -310,19 +317,12 @@ read_step(krul_restore *restore, const krul_restore_step *step, uint8_t *buffer,
     return status;
 }
 
-/* Sleep until what a step is predicted from is in: a step is taken after all before it in its chain,
- * so that somebody always gets on. With the lock. */
+/* Has what a step is predicted from failed? With the lock. */
 static krul_status
-wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
+check_chain(const krul_restore *restore, int64_t index, krul_error *failure)
 {
     int64_t before = restore->before[index];
-    if (before < 0) {
-        return KRUL_STATUS_OK;
-    }
-    while (!restore->is_decoded[before] && !restore->is_cancelled) {
-        pthread_cond_wait(&restore->has_changed, &restore->lock);
-    }
-    krul_status status = restore->failures[before];
+    krul_status status = before < 0 ? KRUL_STATUS_OK : restore->failures[before];
     if (status != KRUL_STATUS_OK) {
         const krul_store_entry *entry = &restore->steps[index].entry;
         return krul_fail(failure, status,
@@ -331,6 +331,18 @@ wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
                          (int)restore->steps[before].entry.layer_lower);
     }
     return KRUL_STATUS_OK;
+}
+
+/* Sleep until what a step is predicted from is in: a step is taken after all before it in its chain,
+ * so that somebody always gets on. With the lock. */
+static krul_status
+wait_for_chain(krul_restore *restore, int64_t index, krul_error *failure)
+{
+    int64_t before = restore->before[index];
+    while (before >= 0 && !restore->is_decoded[before] && !restore->is_cancelled) {
+        pthread_cond_wait(&restore->has_changed, &restore->lock);
+    }
+    return check_chain(restore, index, failure);
 }
 
 /* Carry one step out on this machine; with the lock, which is let go meanwhile. */
@@ -378,17 +390,35 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
 
 /* ---- on a device ------------------------------------------------------------------------------- */
 
-/* Note a failure that came after a chunk's steps were done; with the lock. */
+/* Note that a step failed after all, which was done; with the lock. */
+static void
+fail_step(krul_restore *restore, int64_t index, const krul_error *failure)
+{
+    const krul_store_entry *entry = &restore->steps[index].entry;
+    restore->failures[index] = failure->status;
+    for (int k = 0; k < krul_restore_n_views(entry); k++) {
+        restore_layer *layer = &restore->layers[krul_restore_layer_of(entry, k)];
+        bool is_written = restore->steps[index].views[k].data != NULL;
+        if (is_written && layer->failure.status == KRUL_STATUS_OK) {
+            layer->failure = *failure;
+        }
+    }
+}
+
+/* Note a failure that came after a chunk's steps were done, for what was predicted from them, too; with
+ * the lock. */
 static void
 fail_chunk(krul_restore *restore, const krul_chunk *chunk, const krul_error *failure)
 {
     for (int32_t i = 0; i < chunk->n_steps; i++) {
-        const krul_store_entry *entry = &restore->steps[chunk->steps[i]].entry;
-        for (int k = 0; k < krul_restore_n_views(entry); k++) {
-            restore_layer *layer = &restore->layers[krul_restore_layer_of(entry, k)];
-            if (chunk->statuses[i] == KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
-                layer->failure = *failure;
-            }
+        if (chunk->statuses[i] != KRUL_STATUS_OK) {
+            continue;
+        }
+        int64_t index = chunk->steps[i];
+        fail_step(restore, index, failure);
+        while ((index = restore->after[index]) >= 0 && restore->states[index] == STEP_DONE &&
+               restore->failures[index] == KRUL_STATUS_OK) {
+            fail_step(restore, index, failure);
         }
     }
 }
@@ -456,7 +486,8 @@ fill_chunk(krul_restore *restore, krul_chunk *chunk, int64_t index, int32_t work
 {
     krul_restore_step *step = &restore->steps[index];
     const krul_store_entry *entry = &step->entry;
-    bool is_raw = !chunk->lane->ops->decode_is_supported(entry);
+    krul_lane_chains *chains = restore->step_chains[index];
+    bool is_raw = chains == NULL && !chunk->lane->ops->decode_is_supported(entry);
     uint8_t *to = is_raw ? buffer : krul_chunk_payload(chunk);
     const uint8_t *payload = step->fd >= 0 ? to : step->payload;
     krul_error failure = {.status = KRUL_STATUS_OK};
@@ -499,12 +530,52 @@ fill_chunk(krul_restore *restore, krul_chunk *chunk, int64_t index, int32_t work
         finish_step(restore, index, views, &failure, &trace);
         return;
     }
-    krul_chunk_add(chunk, index, entry, views);
+    krul_chunk_add(chunk, index, entry, views, chains);
     restore->is_decoded[index] = is_raw;
     pthread_cond_broadcast(&restore->has_changed);
     /* Who looks at traces takes a step with a worker for done. */
     trace.worker = -1;
     restore->traces[index] = trace;
+}
+
+/* Is a step in this chunk? Says where, or -1. */
+static int32_t
+place_in(const krul_chunk *chunk, int64_t index)
+{
+    int32_t place = chunk->n_steps - 1;
+    while (place >= 0 && chunk->steps[place] != index) {
+        place--;
+    }
+    return place;
+}
+
+/* Would the device decode this step, and is it predicted from one that is in another chunk and not yet
+ * enqueued? With the lock. */
+static bool
+hangs_on_other(const krul_restore *restore, const krul_chunk *chunk, int64_t index)
+{
+    int64_t before = restore->before[index];
+    return restore->step_chains[index] != NULL && before >= 0 && !restore->is_decoded[before] &&
+           place_in(chunk, before) < 0;
+}
+
+/* Sleep until all is enqueued that blocks of a chunk are predicted from, and mark those whose chains
+ * are broken; with the lock, which is let go meanwhile. */
+static void
+wait_for_chunks(krul_restore *restore, krul_chunk *chunk)
+{
+    for (int32_t i = 0; i < chunk->n_steps; i++) {
+        int64_t index = chunk->steps[i];
+        if (restore->step_chains[index] == NULL || restore->before[index] < 0) {
+            continue;
+        }
+        int32_t place = place_in(chunk, restore->before[index]);
+        krul_status status = place >= 0 ? chunk->statuses[place]
+                                        : wait_for_chain(restore, index, NULL);
+        if (status != KRUL_STATUS_OK) {
+            chunk->statuses[i] = status;
+        }
+    }
 }
 
 /* Enqueue what is in a chunk and end its steps; with the lock, which is let go meanwhile. */
@@ -514,10 +585,12 @@ enqueue_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker)
     const krul_view none[KRUL_COMPRESSOR_MAX_VIEWS] = {{.data = NULL}, {.data = NULL}};
     krul_error first_failure = {.status = KRUL_STATUS_OK};
     krul_error failure = {.status = KRUL_STATUS_OK};
+    wait_for_chunks(restore, chunk);
     for (int32_t i = 0; i < chunk->n_steps; i++) {
         int64_t index = chunk->steps[i];
         bool is_good = chunk->statuses[i] == KRUL_STATUS_OK && !restore->is_cancelled;
-        krul_chunk_set_views(chunk, i, is_good ? restore->steps[index].views : none);
+        krul_chunk_set_views(chunk, i, is_good ? restore->steps[index].views : none,
+                             is_good && is_wanted(restore, index));
         restore->states[index] = STEP_DECODING;
     }
     bool is_cancelled = restore->is_cancelled;
@@ -536,6 +609,9 @@ enqueue_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker)
             step_failure = failure;
             chunk->statuses[i] = status;
         }
+        else if (check_chain(restore, index, &step_failure) != KRUL_STATUS_OK) {
+            chunk->statuses[i] = step_failure.status; /* or it was found to be only now */
+        }
         else if (chunk->statuses[i] != KRUL_STATUS_OK) {
             (void)krul_fail(&step_failure, chunk->statuses[i], "layer %d, tokens from %lld: %s",
                             (int)step->entry.layer_lower, (long long)step->entry.token_start,
@@ -551,7 +627,7 @@ enqueue_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker)
         trace.end_s = end_s;
         finish_step(restore, index, views, &step_failure, &trace);
     }
-    bool is_enqueued = status == KRUL_STATUS_OK && chunk->n_blocks > 0;
+    bool is_enqueued = status == KRUL_STATUS_OK && chunk->n_blocks + chunk->n_links > 0;
     chunk->state = is_enqueued ? KRUL_CHUNK_ENQUEUED : KRUL_CHUNK_FREE;
     pthread_cond_broadcast(&restore->has_changed);
 }
@@ -565,7 +641,9 @@ run_chunk(krul_restore *restore, krul_chunk *chunk, int32_t worker, uint8_t *buf
     while ((index = next_step(restore)) >= 0 && lane_of(restore, index) == chunk->lane) {
         const krul_restore_step *step = &restore->steps[index];
         bool is_late = chunk->n_steps > 0 && clock_s() > begin_s + max_fill_s;
-        if (is_late || !krul_chunk_has_room(chunk, &step->entry, step->views)) {
+        bool is_early = chunk->n_steps > 0 && hangs_on_other(restore, chunk, index);
+        if (is_late || is_early ||
+            !krul_chunk_has_room(chunk, &step->entry, step->views, restore->step_chains[index])) {
             break; /* one always fits: chunks are as large as the largest needs */
         }
         fill_chunk(restore, chunk, index, worker, buffer);
@@ -701,12 +779,13 @@ take_over(krul_restore *restore, const krul_restore_step *steps, krul_error *err
     restore->failures = calloc((size_t)n_steps + 1, sizeof *restore->failures);
     restore->is_decoded = calloc((size_t)n_steps + 1, 1);
     restore->step_lanes = malloc((size_t)n_steps + 1);
+    restore->step_chains = calloc((size_t)n_steps + 1, sizeof *restore->step_chains);
     restore->before = malloc(((size_t)n_steps + 1) * sizeof *restore->before);
     restore->after = malloc(((size_t)n_steps + 1) * sizeof *restore->after);
     if (restore->steps == NULL || restore->states == NULL || restore->traces == NULL ||
         restore->layers == NULL || restore->order == NULL || restore->failures == NULL ||
-        restore->is_decoded == NULL || restore->step_lanes == NULL || restore->before == NULL ||
-        restore->after == NULL) {
+        restore->is_decoded == NULL || restore->step_lanes == NULL ||
+        restore->step_chains == NULL || restore->before == NULL || restore->after == NULL) {
         return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld steps of %d layers",
                          (long long)n_steps, (int)restore->n_layers);
     }
@@ -827,6 +906,8 @@ static krul_status
 assign_lanes(krul_restore *restore, const krul_device_ops *ops, uint8_t *layer_lanes,
              int32_t *device_ids, size_t *need_bytes, int32_t *n_devices, krul_error *err)
 {
+    krul_status status = KRUL_STATUS_OK;
+    size_t n_bytes, link_bytes = 0; /* of a block that may go to any of them, wanted or not */
     for (int64_t i = 0; i < restore->n_steps; i++) {
         const krul_restore_step *step = &restore->steps[i];
         uint8_t lane = NO_LANE;
@@ -863,14 +944,98 @@ assign_lanes(krul_restore *restore, const krul_device_ops *ops, uint8_t *layer_l
         }
         restore->step_lanes[i] = lane;
         if (lane != NO_LANE) {
-            size_t n_bytes;
-            krul_status status = krul_chunk_need(ops, &step->entry, step->views, &n_bytes, err);
-            if (status != KRUL_STATUS_OK) {
-                return status;
-            }
+            KRUL_TRY(krul_chunk_need(ops, &step->entry, step->views, false, &n_bytes, err));
             need_bytes[lane] = n_bytes > need_bytes[lane] ? n_bytes : need_bytes[lane];
         }
+        if (step->entry.codec == KRUL_CODEC_PREDICT && ops != NULL && ops->products_new != NULL) {
+            KRUL_TRY(krul_chunk_need(ops, &step->entry, step->views, true, &n_bytes, err));
+            link_bytes = n_bytes > link_bytes ? n_bytes : link_bytes;
+        }
     }
+    for (int32_t i = 0; i < *n_devices; i++) {
+        need_bytes[i] = link_bytes > need_bytes[i] ? link_bytes : need_bytes[i];
+    }
+done:
+    return status;
+}
+
+static int
+compare_runs(const void *left_in, const void *right_in)
+{
+    const krul_device_run *left = left_in, *right = right_in;
+    return (left->token_start > right->token_start) - (left->token_start < right->token_start);
+}
+
+/* Is it a block of this predictor's chains? */
+static bool
+is_chained(const krul_restore_step *step, const krul_predict *predict)
+{
+    return step->entry.codec == KRUL_CODEC_PREDICT && step->predict == predict;
+}
+
+/* The lane that all wanted blocks of a predictor are for; NO_LANE where there is none, or several. */
+static uint8_t
+lane_of_predictor(const krul_restore *restore, const krul_predict *predict, krul_error *problem)
+{
+    uint8_t lane = NO_LANE;
+    bool is_first = true;
+    for (int64_t i = 0; i < restore->n_steps; i++) {
+        const krul_restore_step *step = &restore->steps[i];
+        bool has_views = step->views[0].data != NULL || step->views[1].data != NULL;
+        if (!is_chained(step, predict) || !has_views) {
+            continue;
+        }
+        if (!is_first && restore->step_lanes[i] != lane) {
+            (void)krul_fail(problem, KRUL_STATUS_UNSUPPORTED,
+                            "layers that are predicted from one another are on several devices");
+            return NO_LANE;
+        }
+        lane = restore->step_lanes[i];
+        is_first = false;
+    }
+    return lane;
+}
+
+/* Have the device decode all chains of a predictor, if it can. */
+static krul_status
+begin_chains(krul_restore *restore, const krul_predict *predict, krul_error *err)
+{
+    krul_error problem = {.status = KRUL_STATUS_OK};
+    krul_lane_chains *chains = NULL;
+    int64_t n_runs = 0;
+    uint8_t lane = lane_of_predictor(restore, predict, &problem);
+    krul_device_run *runs = malloc((size_t)restore->n_steps * sizeof *runs);
+    if (runs == NULL) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for runs of %lld steps",
+                         (long long)restore->n_steps);
+    }
+    for (int64_t i = 0; i < restore->n_steps && lane != NO_LANE; i++) {
+        const krul_restore_step *step = &restore->steps[i];
+        if (is_chained(step, predict) && restore->before[i] < 0) {
+            runs[n_runs++] = (krul_device_run){step->entry.token_start, step->entry.n_tokens};
+        }
+    }
+    if (n_runs > 0 && restore->lanes[lane]->ops->products_new == NULL) {
+        (void)krul_fail(&problem, KRUL_STATUS_UNSUPPORTED, "%s has no way for it",
+                        restore->lanes[lane]->ops->name);
+    }
+    else if (n_runs > 0) {
+        qsort(runs, (size_t)n_runs, sizeof *runs, compare_runs);
+        krul_status status = krul_lane_begin_chains(restore->lanes[lane], predict, runs,
+                                                    (int32_t)krul_min_i64(n_runs, INT32_MAX),
+                                                    &chains, &problem);
+        problem.status = status; /* what it says is of no use where all went well */
+    }
+    for (int64_t i = 0; i < restore->n_steps && chains != NULL; i++) {
+        if (is_chained(&restore->steps[i], predict)) {
+            restore->step_chains[i] = chains;
+            restore->step_lanes[i] = lane;
+        }
+    }
+    if (problem.status != KRUL_STATUS_OK && restore->predict_problem.status == KRUL_STATUS_OK) {
+        restore->predict_problem = problem;
+    }
+    free(runs);
     return KRUL_STATUS_OK;
 }
 
@@ -905,6 +1070,16 @@ take_lanes(krul_restore *restore, const krul_restore_options *options, krul_erro
         if (lane != NO_LANE) {
             restore->layers[layer].lane = restore->lanes[lane];
             restore->layers[layer].event = restore->lanes[lane]->layer_events[--n_events[lane]];
+        }
+    }
+    for (int64_t i = 0; i < restore->n_steps && n_devices > 0; i++) {
+        int64_t first = 0;
+        const krul_predict *predict = restore->steps[i].predict;
+        while (first < i && !is_chained(&restore->steps[first], predict)) {
+            first++;
+        }
+        if (first == i && is_chained(&restore->steps[i], predict)) {
+            KRUL_TRY(begin_chains(restore, predict, err));
         }
     }
     for (int32_t i = 0; i < options->n_streams; i++) {
@@ -1058,6 +1233,13 @@ krul_restore_lead(krul_restore *restore, int32_t device_id, void *stream, krul_e
         }
     }
     return KRUL_STATUS_OK;
+}
+
+const char *
+krul_restore_predict_problem(const krul_restore *restore)
+{
+    return restore->predict_problem.status != KRUL_STATUS_OK ? restore->predict_problem.message
+                                                             : "";
 }
 
 bool
@@ -1231,6 +1413,7 @@ krul_restore_free(krul_restore *restore)
     free(restore->failures);
     free(restore->is_decoded);
     free(restore->step_lanes);
+    free(restore->step_chains);
     free(restore->before);
     free(restore->after);
     free(restore->layers);

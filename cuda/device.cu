@@ -5,6 +5,7 @@
  * made them; what a call leaves behind in the runtime is cleared, so that nobody else trips over it. */
 #include <stdlib.h>
 
+#include "cublas.h"
 #include "device.cuh"
 #include "device.h"
 
@@ -248,6 +249,75 @@ decode(krul_device *device, void *stream, const krul_device_batch *batch, const 
                                     : krul_cuda_decode(stream, batch, chunk, damage_flag, err);
 }
 
+/* A handle of cuBLAS, and the memory that it works in. */
+struct products {
+    krul_cublas *cublas;
+    void *workspace;
+};
+
+void
+products_free(krul_device *device, void *products_in)
+{
+    products *own = (products *)products_in;
+    Current current(device);
+    krul_cublas_free(own->cublas);
+    if (own->workspace != nullptr) {
+        (void)current.check("cudaFree", cudaFree(own->workspace), nullptr);
+    }
+    free(own);
+}
+
+krul_status
+products_new(krul_device *device, void *stream, void **out, krul_error *err)
+{
+    const krul_cublas_table *table = nullptr;
+    krul_status status = krul_cublas_find(&table, err);
+    if (status != KRUL_STATUS_OK) {
+        return status;
+    }
+    products *made = (products *)calloc(1, sizeof *made);
+    if (made == nullptr) {
+        return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for a handle of cuBLAS");
+    }
+    status = memory_new(device, KRUL_CUBLAS_WORKSPACE_BYTES, &made->workspace, err);
+    if (status == KRUL_STATUS_OK) {
+        Current current(device);
+        status = krul_cublas_new(table, stream, made->workspace, KRUL_CUBLAS_WORKSPACE_BYTES,
+                                 KRUL_CUBLAS_FLOAT32, &made->cublas, err);
+    }
+    if (status != KRUL_STATUS_OK) {
+        products_free(device, made);
+        return status;
+    }
+    *out = made;
+    return KRUL_STATUS_OK;
+}
+
+krul_status
+predict_numbers(krul_device *device, void *stream, const krul_device_chains *chains,
+                const krul_device_predict_batch *batch, const uint8_t *chunk, uint8_t *scratch,
+                uint32_t *damage_flag, krul_error *err)
+{
+    Current current(device);
+    krul_status status = current.check("cudaSetDevice", cudaSuccess, err);
+    return status != KRUL_STATUS_OK
+               ? status
+               : krul_cuda_predict_numbers(chains, batch, stream, chunk, scratch, damage_flag, err);
+}
+
+krul_status
+predict_rows(krul_device *device, void *products_in, const krul_device_chains *chains,
+             const krul_device_predict_batch *batch, const uint8_t *chunk, uint8_t *memory,
+             uint8_t *scratch, krul_error *err)
+{
+    Current current(device);
+    krul_status status = current.check("cudaSetDevice", cudaSuccess, err);
+    return status != KRUL_STATUS_OK
+               ? status
+               : krul_cuda_predict_rows(chains, batch, ((products *)products_in)->cublas, chunk,
+                                        memory, scratch, err);
+}
+
 krul_status
 encode(krul_device *device, void *stream, const krul_device_encode_batch *batch,
        const uint8_t *plan, uint8_t *payloads, uint8_t *workspace, krul_device_result *results,
@@ -301,6 +371,12 @@ krul_cuda_ops(void)
         nullptr,
         nullptr,
         decode,
+        products_new,
+        products_free,
+        nullptr, /* likewise */
+        nullptr,
+        predict_numbers,
+        predict_rows,
         encode,
         observe,
     };

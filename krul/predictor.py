@@ -88,5 +88,12 @@ def make_predictor(
             )
         )
     return _core.Predict(
-        library.handle, profile.tables, UNIT_TABLE, layers, n_batch, token_start, n_tokens
+        library.handle,
+        profile.tables,
+        UNIT_TABLE,
+        layers,
+        n_batch,
+        token_start,
+        n_tokens,
+        bytes.fromhex(profile.digest),
     )

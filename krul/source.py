@@ -368,6 +368,9 @@ class Source:
                 streams=[stream_of(device) for device in self._direct_devices()],
             )
         )
+        problem = self._restores[-1].predict_problem()
+        if problem:
+            self._device_problem = f"codec predict is decoded by the CPU: {problem}"
 
     def _direct_devices(self) -> set[torch.device]:
         return {self.devices[layer] for layer in self._direct}

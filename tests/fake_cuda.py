@@ -37,7 +37,7 @@ from krul import _core
 
 __all__ = ["capsule", "fake", "install"]
 
-_OK, _NO_MEMORY, _DEVICE = 0, -1, -9
+_OK, _NO_MEMORY, _DEVICE, _UNSUPPORTED = 0, -1, -9, -10
 _TABLE_NAME = b"krul._cuda.table"
 _CUDA = 2
 
@@ -96,6 +96,27 @@ class _Batch(Structure):
         ("n_units", c_int32),
         ("descriptors_offset", c_uint64),
         ("units_offset", c_uint64),
+    )
+
+
+class _PredictBatch(Structure):
+    _fields_ = (
+        ("layer", c_int32),
+        ("n_blocks", c_int32),
+        ("n_used", c_int32),
+        ("n_pairs", c_int32),
+        ("convention", c_int),
+        ("rotary_start", c_int32),
+        ("step", c_float),
+        ("first_row", c_int64),
+        ("n_rows", c_int64),
+        ("max_rows", c_int64),
+        ("angles_per_batch", c_int64),
+        ("cos_at", c_uint64),
+        ("sin_at", c_uint64),
+        ("units_at", c_uint64),
+        ("dtype", c_int * 2),
+        ("vector", c_int32 * 2),
     )
 
 
@@ -259,6 +280,9 @@ class _Fake:
         self.n_encoded = self.n_observed = self.n_calls = 0
         self.n_decoded = self.n_copied = self.n_host_decoded = 0
         self.waited: list[tuple[int | None, int | None]] = []
+        self.n_predicted = self.copied_bytes = 0
+        self.has_products = True
+        self.predictors: list[Any] = []  # that were made, the last at the end
         self.unsupported: set[int] = {7}
 
     def make(self, n_bytes: int, out: Any, err: Any) -> int:
@@ -296,6 +320,21 @@ class _Fake:
             _core.decode_blocks([(entry.codec, entry.kv, payload, tuple(whole))], 1)
             for view, one in zip(views, whole, strict=False):
                 if view.data:
+                    found = view.array()
+                    found[...] = one[:, :, : found.shape[2]]
+
+    def decode_links(self, batch: _PredictBatch, chunk: int) -> None:
+        """Decode what `predict_prepare` has noted, with the predictor that was made last."""
+        for entry, offset, _, views in self.jobs.pop(batch.units_at):
+            shape = (entry.n_batch, entry.n_heads, entry.n_tokens, entry.head_dim)
+            dtype = {1: np.float32, 2: np.float16}[entry.dtype]
+            whole = [np.empty(shape, dtype) if view.data else None for view in views]
+            payload = ctypes.string_at(chunk + offset, entry.payload_bytes)
+            block = (entry.layer_lower, entry.token_start, entry.n_tokens, payload, *whole)
+            self.predictors[-1].decode([[block]], 1)
+            self.n_predicted += 1
+            for view, one in zip(views, whole, strict=True):
+                if one is not None:
                     found = view.array()
                     found[...] = one[:, :, : found.shape[2]]
 
@@ -419,12 +458,26 @@ def _copy(device: Any, stream: Any, to: Any, source: Any, n_bytes: int, err: Any
         return _DEVICE
     ctypes.memmove(to, source, n_bytes)
     fake.n_copied += 1
+    fake.copied_bytes += n_bytes
     return _OK
 
 
 def _wait(device: Any, stream: Any, event: Any, err: Any) -> int:
     fake.waited.append((stream, event))
     return _always(err)
+
+
+def _note(blocks: Any, n_blocks: int) -> int:
+    """Note what is to be decoded, and return the number under which it is found again."""
+    number = next(_numbers)
+    noted = []
+    for index in range(n_blocks):
+        block = blocks[index]
+        views = (_View * 2).from_buffer_copy(block.views)
+        entry = _Entry.from_buffer_copy(block.entry[0])
+        noted.append((entry, block.payload_offset, block.is_decoded, list(views)))
+    fake.jobs[number] = noted
+    return number
 
 
 def _prepare(
@@ -439,15 +492,7 @@ def _prepare(
     bad_block: Any,
     err: Any,
 ) -> int:
-    number = next(_numbers)
-    noted = []
-    for index in range(n_blocks):
-        block = blocks[index]
-        views = (_View * 2).from_buffer_copy(block.views)
-        entry = _Entry.from_buffer_copy(block.entry[0])
-        noted.append((entry, block.payload_offset, block.is_decoded, list(views)))
-    fake.jobs[number] = noted
-    batches[0].n_units = number
+    batches[0].n_units = _note(blocks, n_blocks)
     n_batches[0] = 1
     used[0] = used_bytes
     return _OK
@@ -482,6 +527,55 @@ def _observe(
     if _always(err) != _OK:
         return _DEVICE
     fake.observe(plan[0], image, sums[0])
+    return _OK
+
+
+def _products_new(device: Any, stream: Any, out: Any, err: Any) -> int:
+    if not fake.has_products:
+        return _fail(err, _UNSUPPORTED, b"there is no library for products")
+    return _make_handle(device, out, err)
+
+
+def _predict_prepare(
+    chains: Any,
+    chunk: Any,
+    chunk_bytes: int,
+    used_bytes: int,
+    blocks: Any,
+    n_blocks: int,
+    batches: Any,
+    n_batches: Any,
+    used: Any,
+    bad_block: Any,
+    err: Any,
+) -> int:
+    batches[0] = _PredictBatch(units_at=_note(blocks, n_blocks))
+    n_batches[0] = 1
+    used[0] = used_bytes
+    return _OK
+
+
+def _predict_numbers(
+    device: Any, stream: Any, chains: Any, batch: Any, chunk: int, scratch: Any, flag: Any, err: Any
+) -> int:
+    if fake.is_damaging:
+        flag[0] = 1
+    return _always(err)
+
+
+def _predict_rows(
+    device: Any,
+    products: Any,
+    chains: Any,
+    batch: Any,
+    chunk: int,
+    memory: Any,
+    scratch: Any,
+    err: Any,
+) -> int:
+    if fake.is_broken:
+        return _always(err)
+    fake.decode_links(batch[0], chunk)
     return _OK
 
 
@@ -528,6 +622,45 @@ _FUNCTIONS = [
     CFUNCTYPE(c_int, c_void_p, c_void_p, POINTER(_Batch), c_void_p, POINTER(c_uint32), _error)(
         _decode
     ),
+    CFUNCTYPE(c_int, c_void_p, c_void_p, _out, _error)(_products_new),
+    CFUNCTYPE(None, c_void_p, c_void_p)(lambda device, products: None),
+    CFUNCTYPE(c_size_t, POINTER(_Block), c_int32)(lambda blocks, n_blocks: 0),
+    CFUNCTYPE(
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_size_t,
+        c_size_t,
+        POINTER(_Block),
+        c_int32,
+        POINTER(_PredictBatch),
+        POINTER(c_int32),
+        POINTER(c_size_t),
+        POINTER(c_int32),
+        _error,
+    )(_predict_prepare),
+    CFUNCTYPE(
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        POINTER(_PredictBatch),
+        c_void_p,
+        c_void_p,
+        POINTER(c_uint32),
+        _error,
+    )(_predict_numbers),
+    CFUNCTYPE(
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        POINTER(_PredictBatch),
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        _error,
+    )(_predict_rows),
     CFUNCTYPE(
         c_int,
         c_void_p,
@@ -618,4 +751,12 @@ def install(monkeypatch: Any) -> str:
     for module in (krul.device, krul.save):
         monkeypatch.setattr(module, "Marks", _Marks)
     monkeypatch.setattr(krul.source, "stream_of", lambda device: (device.index, 100 + device.index))
+    make = krul.source.make_predictor
+
+    def make_and_note(*args: Any, **kwargs: Any) -> Any:
+        # One for the restore, and one with which the device decodes the same chains.
+        fake.predictors.append(make(*args, **kwargs))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(krul.source, "make_predictor", make_and_note)
     return ""

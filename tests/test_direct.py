@@ -1,16 +1,21 @@
 """Restores that a device decodes itself, from torch's tensors on: `fake_cuda` plays the device."""
 
+import os
+
 import elsewhere
 import fake_cuda
 import models
 import pytest
 import torch
 from fake_cuda import fake
+from test_calibrate import OPTIONS, made_texts, tokenizer
 from test_device import assert_same, eager, move, on_cpu, saved, spread
+from test_predicted import history
 from test_restore import anything, converse, flip_byte, next_logits, paths
 
 import krul
 from krul import _core
+from krul.calibrate import fit
 from krul.errors import CorruptionError
 
 if elsewhere.why_not():
@@ -64,6 +69,82 @@ def test_the_device_decodes_what_the_cpu_would(store, llama, direct, codec, n_de
     assert fake.n_copied > 0
     assert fake.n_host_decoded == 0
     assert {stream for stream, _ in fake.waited} >= {100 + i for i in range(n_devices)}
+
+
+@pytest.fixture(scope="module")
+def profile(llama):
+    return fit(llama, tokenizer, made_texts(), **OPTIONS)
+
+
+@pytest.mark.parametrize("way", ["device", "no products", "two devices"])
+def test_predict_is_decoded_by_the_device_where_it_can_be(store, llama, profile, direct, way):
+    store.add_profile(profile)
+    saved(store, llama, history(600), anything("predict"))
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        wanted = on_cpu(cache)
+    fake.has_products = way != "no products"
+    # What products take stays with the memory of a device: no other test has any on the second.
+    places = {"device": spread(1), "no products": spread(2)[1:], "two devices": spread(2)}
+    model = move(llama, *places[way])
+    with store.open("chat", model) as cache:
+        assert cache.source.is_direct
+        cache.restore()
+        assert_same(on_cpu(cache), wanted)
+        reason = cache.restore_report.reason
+    if way == "device":
+        assert fake.n_predicted > 0
+        assert fake.n_host_decoded == 0
+        assert "predict is decoded by the CPU" not in reason
+    else:
+        assert fake.n_predicted == 0
+        assert fake.n_host_decoded > 0
+        why = "no library" if way == "no products" else "several devices"
+        assert "codec predict is decoded by the CPU: " in reason
+        assert why in reason
+
+
+def test_a_profile_goes_to_the_device_once(store, llama, direct):
+    store.add_profile(fit(llama, tokenizer, made_texts(seed=11), **OPTIONS))
+    saved(store, llama, history(600), anything("predict"))
+    model = move(llama, elsewhere.device())
+    copied = []
+    for _ in range(3):
+        fake.calm()
+        with store.open("chat", model) as cache:
+            cache.restore()
+        copied.append(fake.copied_bytes)
+    n_tables_bytes = 34 * 4096 * 4
+    assert copied[0] > n_tables_bytes > max(copied[1:])
+
+
+def test_chains_whose_first_tokens_are_recomputed(store, llama, profile, direct):
+    store.add_profile(profile)
+    out, _, _ = saved(store, llama, history(1200), anything("predict"))
+    more = torch.cat([out, models.token_ids(2, 9)], dim=1)
+    settings = krul.Settings(restore="uniform")
+    found = []
+    for model in (llama, move(llama, elsewhere.device())):
+        with store.open("chat", model, settings=settings) as cache:
+            place = next(model.parameters()).device
+            found.append(next_logits(model, cache, more.to(place)).cpu())
+            assert 0 < max(cache.restore_report.n_recomputed_by_layer) < out.shape[1]
+    assert fake.n_predicted > 0
+    assert torch.allclose(*found, atol=2e-4)
+
+
+def test_damage_in_a_chain_is_recomputed(store, llama, profile, direct):
+    store.add_profile(profile)
+    _, _, held = saved(store, llama, history(600), anything("predict"))
+    (path,) = paths(store)
+    flip_byte(path, os.path.getsize(path) - 3_000)
+    model = move(llama, elsewhere.device())
+    with store.open("chat", model) as cache:
+        cache.restore()
+        assert any(cache.restore_report.n_recomputed_by_layer)
+        keys, values = on_cpu(cache)[-1]
+    assert torch.allclose(keys, held[-1][0], atol=1e-3)
+    assert torch.allclose(values, held[-1][1], atol=1e-3)
 
 
 def test_what_the_device_cannot_decode_the_cpu_does(store, llama, direct):

@@ -192,14 +192,21 @@ done:
 static PyObject *
 predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"blas",    "tables",      "unit_table", "layers",
-                            "n_batch", "token_start", "n_tokens",   NULL};
+    static char *names[] = {"blas",        "tables",   "unit_table", "layers", "n_batch",
+                            "token_start", "n_tokens", "digest",     NULL};
     PyObject *blas, *tables_in, *layers_in;
+    const char *digest = NULL;
+    Py_ssize_t n_digest = 0;
     long long n_batch, token_start, n_tokens;
     int unit_table;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL:Predict", names, &blas, &tables_in,
-                                     &unit_table, &layers_in, &n_batch, &token_start, &n_tokens)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL|y#:Predict", names, &blas, &tables_in,
+                                     &unit_table, &layers_in, &n_batch, &token_start, &n_tokens,
+                                     &digest, &n_digest)) {
         return NULL;
+    }
+    if (digest != NULL && n_digest != KRUL_PREDICT_DIGEST_BYTES) {
+        return PyErr_Format(PyExc_ValueError, "digest has %zd bytes but must have %d", n_digest,
+                            (int)KRUL_PREDICT_DIGEST_BYTES);
     }
     const krul_blas *library = py_krul_blas(blas);
     if (library == NULL) {
@@ -240,6 +247,9 @@ predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .token_start = token_start,
         .n_tokens = n_tokens,
     };
+    if (digest != NULL) {
+        memcpy(options.digest, digest, sizeof options.digest);
+    }
     is_good = is_good && parse_tables(tables_in, &tables, &options.n_tables) == 0;
     if (is_good) {
         krul_error err;
@@ -571,10 +581,12 @@ static PyMethodDef predict_methods[] = {
 };
 
 PyDoc_STRVAR(predict_doc,
-             "Predict(blas, tables, unit_table, layers, n_batch, token_start, n_tokens)\n--\n\n"
+             "Predict(blas, tables, unit_table, layers, n_batch, token_start, n_tokens, "
+             "digest=...)\n--\n\n"
              "A profile made ready for the tokens from token_start on. A layer is None or (n_heads,\n"
              "head_dim, sources, rank, mean, deviation, forward, backward, maps, left, right,\n"
-             "convention, start, n_pairs, cos, sin). Arrays are borrowed.");
+             "convention, start, n_pairs, cos, sin). Arrays are borrowed. A digest of 32 bytes names\n"
+             "tables and layers but for cos and sin; a device keeps what it has got under it.");
 
 static PyType_Slot predict_slots[] = {
     {Py_tp_new, predict_new},

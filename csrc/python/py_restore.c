@@ -505,6 +505,18 @@ done:
     return array;
 }
 
+PyDoc_STRVAR(restore_predict_problem_doc,
+             "predict_problem($self, /)\n--\n\n"
+             "Why the CPU decodes codec predict for arrays on a device; empty where it does not.");
+
+static PyObject *
+restore_predict_problem(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    const krul_restore *restore = ((py_restore *)object)->restore;
+    const char *problem = krul_restore_predict_problem(restore);
+    return PyUnicode_DecodeUTF8(problem, (Py_ssize_t)strlen(problem), "replace");
+}
+
 PyDoc_STRVAR(restore_drop_doc,
              "drop($self, layer, n_tokens, /)\n--\n\n"
              "The caller writes a layer's first tokens itself: blocks that hold nothing else are\n"
@@ -615,6 +627,7 @@ static PyMethodDef restore_methods[] = {
     {"close", restore_close, METH_NOARGS, restore_close_doc},
     {"counts", restore_counts, METH_NOARGS, restore_counts_doc},
     {"trace", restore_trace, METH_NOARGS, restore_trace_doc},
+    {"predict_problem", restore_predict_problem, METH_NOARGS, restore_predict_problem_doc},
     {"drop", restore_drop, METH_VARARGS, restore_drop_doc},
     {"reorder", restore_reorder, METH_O, restore_reorder_doc},
     {"limit", restore_limit, METH_O, restore_limit_doc},

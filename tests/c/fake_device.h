@@ -4,7 +4,8 @@
  * it crashes. What is enqueued is done later, by the stream's thread, after a delay at random: who
  * does not wait where it must is found by comparing bytes, and by TSan and ASan. Calls can be made to
  * fail, at once or when they are carried out, and memory to be short. Decoding, encoding and observing
- * call the CPU's. */
+ * call the CPU's; for codec predict that has a predictor of its own, and what a GPU would read is
+ * compared. */
 #ifndef FAKE_DEVICE_H
 #define FAKE_DEVICE_H
 
@@ -21,6 +22,8 @@
 typedef struct fake_state {
     atomic_int max_delay_us;
     atomic_bool host_decodes_exact; /* codec `exact` is not supported on the device */
+    atomic_bool has_no_products;
+    const krul_predict_options *predict_options; /* of all that is restored now; the test's */
     size_t pinned_limit; /* bytes; 0: none */
     size_t memory_limit;
     atomic_bool is_dead; /* after a failure everything fails, as with CUDA's sticky errors */
@@ -33,6 +36,8 @@ typedef struct fake_state {
     atomic_size_t pinned_bytes, memory_bytes;
     atomic_long n_copies;
     atomic_size_t copied_bytes;
+    atomic_long n_predicted; /* blocks of codec predict that were decoded */
+    atomic_long n_products; /* that exist */
     atomic_long n_large_copies; /* of at least large_bytes */
     size_t large_bytes;
 } fake_state;
@@ -54,6 +59,8 @@ typedef enum fake_kind {
     FAKE_RECORD,
     FAKE_WAIT,
     FAKE_DECODE,
+    FAKE_NUMBERS,
+    FAKE_ROWS,
     FAKE_ENCODE,
     FAKE_OBSERVE,
     FAKE_WRITE, /* a test's own: fill rows with one byte */
@@ -74,6 +81,10 @@ typedef struct fake_work {
     fake_event *event;
     long turn;
     krul_device_batch batch;
+    krul_device_predict_batch predict_batch;
+    const krul_device_chains *chains;
+    uint8_t *memory;
+    uint8_t *scratch;
     const uint8_t *chunk;
     uint32_t *flag;
     krul_device_encode_batch coding;
@@ -230,6 +241,138 @@ fake_decode_batch(const fake_work *work)
                 payload += (fake_view_bytes(&block.entry) + 15) / 16 * 16;
             }
         }
+    }
+}
+
+/* Predictors of chains, which begin anew when an address is used again. */
+typedef struct fake_predictor {
+    struct fake_predictor *next;
+    const krul_device_chains *chains;
+    const krul_predict_options *options;
+    krul_predict *predict;
+} fake_predictor;
+
+static fake_predictor *fake_predictors; /* with fake_lock */
+
+static krul_predict *
+fake_find_predictor(const krul_device_chains *chains)
+{
+    pthread_mutex_lock(&fake_lock);
+    fake_predictor *found = fake_predictors;
+    while (found != NULL && (found->chains != chains || found->options != fake.predict_options)) {
+        found = found->next;
+    }
+    if (found == NULL) {
+        found = calloc(1, sizeof *found);
+        *found = (fake_predictor){
+            .next = fake_predictors, .chains = chains, .options = fake.predict_options};
+        if (krul_predict_new(found->options, &found->predict, NULL) != KRUL_STATUS_OK) {
+            abort();
+        }
+        fake_predictors = found;
+    }
+    pthread_mutex_unlock(&fake_lock);
+    return found->predict;
+}
+
+static void
+fake_free_predictors(void)
+{
+    while (fake_predictors != NULL) {
+        fake_predictor *first = fake_predictors;
+        fake_predictors = first->next;
+        krul_predict_free(first->predict);
+        free(first);
+    }
+}
+
+/* Several streams may. */
+static void
+fake_set_flag(const fake_work *work)
+{
+    __atomic_store_n(work->flag, 1, __ATOMIC_RELAXED);
+}
+
+/* Write or find all over a batch's scratch what no other batch writes. */
+static bool
+fake_use_scratch(const fake_work *work, bool is_written)
+{
+    size_t n_words = krul_device_predict_scratch(work->chains, &work->predict_batch) / 8;
+    uint64_t mark = (uint64_t)(uintptr_t)work->chunk * 31 + work->predict_batch.units_at * 7 +
+                    (uint64_t)work->predict_batch.layer;
+    bool is_same = true;
+    for (size_t i = 0; i < n_words; i++) {
+        if (is_written) {
+            memcpy(work->scratch + 8 * i, &mark, 8);
+        }
+        is_same = memcmp(work->scratch + 8 * i, &mark, 8) == 0 && is_same;
+    }
+    return is_same;
+}
+
+static void
+fake_decode_numbers(const fake_work *work)
+{
+    const krul_device_profile *profile = krul_device_chains_profile(work->chains);
+    const krul_predict_options *options = fake.predict_options;
+    const uint8_t *frequencies = (uint8_t *)fake_real(profile->memory) + profile->frequencies_at;
+    bool is_there = memcmp(frequencies, options->tables,
+                           (size_t)options->n_tables * sizeof *options->tables) == 0;
+    if (fake_counts_down(&fake.works_until_damage) || !is_there) {
+        fake_set_flag(work);
+    }
+    (void)fake_use_scratch(work, true);
+}
+
+static bool
+fake_decode_link(const fake_work *work, krul_predict *predict, const fake_descriptor *block)
+{
+    const krul_backend *backend = NULL;
+    const krul_store_entry *entry = &block->entry;
+    krul_view whole[2] = {{.data = NULL}, {.data = NULL}};
+    krul_status status = krul_backend_find(NULL, &backend, NULL);
+    for (int i = 0; i < 2; i++) {
+        int64_t row = entry->head_dim, head = row * entry->n_tokens;
+        whole[i] = (krul_view){
+            .data = block->views[i].data != NULL ? malloc(fake_view_bytes(entry)) : NULL,
+            .dtype = entry->dtype,
+            .device_type = KRUL_DEVICE_CPU,
+            .shape = {entry->n_batch, entry->n_heads, entry->n_tokens, entry->head_dim},
+            .stride = {head * entry->n_heads, head, row, 1},
+        };
+    }
+    if (status == KRUL_STATUS_OK) {
+        status = krul_predict_decode(backend, predict, entry->layer_lower, entry->token_start,
+                                     entry->n_tokens, work->chunk + block->payload_offset,
+                                     (size_t)entry->payload_bytes, whole, NULL);
+    }
+    for (int i = 0; i < 2; i++) {
+        if (status == KRUL_STATUS_OK && block->views[i].data != NULL) {
+            krul_view real = fake_real_view(&block->views[i]);
+            fake_copy_rows(&real, whole[i].data, entry->n_tokens, 0);
+        }
+        free(whole[i].data);
+    }
+    return status == KRUL_STATUS_OK;
+}
+
+static void
+fake_decode_rows(const fake_work *work)
+{
+    const krul_predict_options *options = fake.predict_options;
+    const krul_rotary *rotary = &options->layers[0].rotary;
+    size_t n_bytes = (size_t)options->n_tokens * (size_t)rotary->n_pairs * sizeof(float);
+    krul_predict *predict = fake_find_predictor(work->chains);
+    bool is_good = fake_use_scratch(work, false) && memcmp(work->memory, rotary->cos, n_bytes) == 0;
+    for (int32_t i = 0; i < work->predict_batch.n_blocks; i++) {
+        fake_descriptor block;
+        memcpy(&block, work->chunk + work->predict_batch.units_at + (size_t)i * sizeof block,
+               sizeof block);
+        is_good = fake_decode_link(work, predict, &block) && is_good;
+        atomic_fetch_add(&fake.n_predicted, 1);
+    }
+    if (!is_good) {
+        fake_set_flag(work);
     }
 }
 
@@ -400,6 +543,12 @@ fake_carry_out(fake_stream *stream, const fake_work *work)
     }
     else if (work->kind == FAKE_DECODE && !is_dead) {
         fake_decode_batch(work);
+    }
+    else if (work->kind == FAKE_NUMBERS && !is_dead) {
+        fake_decode_numbers(work);
+    }
+    else if (work->kind == FAKE_ROWS && !is_dead) {
+        fake_decode_rows(work);
     }
     else if (work->kind == FAKE_ENCODE && !is_dead) {
         fake_encode_batch(work);
@@ -768,6 +917,110 @@ fake_decode(krul_device *device, void *stream, const krul_device_batch *batch, c
 }
 
 static krul_status
+fake_products_new(krul_device *device, void *stream, void **out, krul_error *err)
+{
+    (void)device;
+    krul_status status = fake_call("products_new", err);
+    if (status == KRUL_STATUS_OK && fake.has_no_products) {
+        status = krul_fail(err, KRUL_STATUS_UNSUPPORTED, "there is no library for products");
+    }
+    if (status == KRUL_STATUS_OK) {
+        *out = calloc(1, sizeof(void *));
+        memcpy(*out, &stream, sizeof stream);
+        atomic_fetch_add(&fake.n_products, 1);
+    }
+    return status;
+}
+
+static void
+fake_products_free(krul_device *device, void *products)
+{
+    (void)device;
+    atomic_fetch_sub(&fake.n_products, 1);
+    free(products);
+}
+
+static size_t
+fake_predict_bound(const krul_device_block *blocks, int32_t n_blocks)
+{
+    return krul_device_predict_bound(blocks, n_blocks) + (size_t)n_blocks * sizeof(fake_descriptor);
+}
+
+/* What the library's own says of the blocks, and then, in place of units, what to decode. */
+static krul_status
+fake_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t chunk_bytes,
+                     size_t used_bytes, const krul_device_block *blocks, int32_t n_blocks,
+                     krul_device_predict_batch *batches_out, int32_t *n_batches_out,
+                     size_t *used_bytes_out, int32_t *bad_block_out, krul_error *err)
+{
+    size_t end = 0;
+    krul_status status = krul_device_predict_prepare(chains, chunk, chunk_bytes, used_bytes, blocks,
+                                                     n_blocks, batches_out, n_batches_out, &end,
+                                                     bad_block_out, err);
+    if (status != KRUL_STATUS_OK) {
+        return status;
+    }
+    if (end + (size_t)n_blocks * sizeof(fake_descriptor) > chunk_bytes) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "%zu bytes in a chunk of %zu", end,
+                         chunk_bytes);
+    }
+    for (int32_t i = 0, batch = 0, n_left = batches_out[0].n_blocks; i < n_blocks; i++) {
+        fake_descriptor block = {.entry = *blocks[i].entry,
+                                 .payload_offset = blocks[i].payload_offset};
+        memcpy(block.views, blocks[i].views, sizeof block.views);
+        while (n_left == 0) {
+            n_left = batches_out[++batch].n_blocks;
+        }
+        if (n_left-- == batches_out[batch].n_blocks) {
+            batches_out[batch].units_at = end;
+        }
+        memcpy(chunk + end, &block, sizeof block);
+        end += sizeof block;
+    }
+    *used_bytes_out = end;
+    return KRUL_STATUS_OK;
+}
+
+static krul_status
+fake_predict_numbers(krul_device *device, void *stream, const krul_device_chains *chains,
+                     const krul_device_predict_batch *batch, const uint8_t *chunk, uint8_t *scratch,
+                     uint32_t *damage_flag, krul_error *err)
+{
+    (void)device;
+    krul_status status = fake_call("predict_numbers", err);
+    if (status == KRUL_STATUS_OK) {
+        fake_enqueue(stream, &(fake_work){.kind = FAKE_NUMBERS,
+                                          .chains = chains,
+                                          .predict_batch = *batch,
+                                          .chunk = fake_real(chunk),
+                                          .scratch = fake_real(scratch),
+                                          .flag = fake_real(damage_flag)});
+    }
+    return status;
+}
+
+static krul_status
+fake_predict_rows(krul_device *device, void *products, const krul_device_chains *chains,
+                  const krul_device_predict_batch *batch, const uint8_t *chunk, uint8_t *memory,
+                  uint8_t *scratch, krul_error *err)
+{
+    (void)device;
+    krul_status status = fake_call("predict_rows", err);
+    void *stream;
+    memcpy(&stream, products, sizeof stream);
+    if (status == KRUL_STATUS_OK) {
+        fake_enqueue(stream, &(fake_work){.kind = FAKE_ROWS,
+                                          .chains = chains,
+                                          .predict_batch = *batch,
+                                          .chunk = fake_real(chunk),
+                                          .memory = fake_real(memory),
+                                          .scratch = fake_real(scratch),
+                                          .flag = fake_real(chunk)});
+    }
+    return status;
+}
+
+static krul_status
 fake_encode(krul_device *device, void *stream, const krul_device_encode_batch *batch,
             const uint8_t *plan, uint8_t *payloads, uint8_t *workspace, krul_device_result *results,
             krul_error *err)
@@ -829,6 +1082,12 @@ static const krul_device_ops fake_ops = {
     .decode_bound = fake_bound,
     .decode_prepare = fake_prepare,
     .decode = fake_decode,
+    .products_new = fake_products_new,
+    .products_free = fake_products_free,
+    .predict_bound = fake_predict_bound,
+    .predict_prepare = fake_predict_prepare,
+    .predict_numbers = fake_predict_numbers,
+    .predict_rows = fake_predict_rows,
     .encode = fake_encode,
     .observe = fake_observe,
 };
@@ -838,7 +1097,7 @@ static void
 fake_calm(void)
 {
     fake.max_delay_us = 0;
-    fake.host_decodes_exact = fake.is_dead = false;
+    fake.host_decodes_exact = fake.is_dead = fake.has_no_products = false;
     fake.pinned_limit = fake.memory_limit = 0;
     atomic_store(&fake.calls_until_failure, -1);
     atomic_store(&fake.works_until_failure, -1);
@@ -847,6 +1106,7 @@ fake_calm(void)
     atomic_store(&fake.n_encoded, 0);
     atomic_store(&fake.n_observed, 0);
     atomic_store(&fake_has_died, false);
+    fake_free_predictors();
 }
 
 /* Has everything been given back? */
@@ -855,7 +1115,7 @@ fake_is_empty(void)
 {
     return atomic_load(&fake.n_devices) == 0 && atomic_load(&fake.n_streams) == 0 &&
            atomic_load(&fake.n_events) == 0 && atomic_load(&fake.n_pinned) == 0 &&
-           atomic_load(&fake.n_memory) == 0;
+           atomic_load(&fake.n_memory) == 0 && atomic_load(&fake.n_products) == 0;
 }
 
 #endif /* FAKE_DEVICE_H */

@@ -747,57 +747,445 @@ test_refused_steps(void)
     krul_predict_free(other);
 }
 
-/* Chains are decoded on the host where a device cannot: in the order of their layers, though many of
- * their blocks are in one chunk and other threads have the rest. */
+/* ---- restores onto a device --------------------------------------------------------------------- */
+
+/* The layers' memory on a device, a pool, and all that a restore needs. */
+typedef struct place {
+    krul_device *device;
+    void *memory;
+    krul_device_pool *pool;
+    krul_predict *predict;
+    krul_restore_step steps[N_STEPS];
+    int fd;
+} place;
+
 static void
-test_restore_on_a_device(void)
+open_place(place *at, const krul_device_ops *ops, size_t chunk_bytes, int32_t n_chunks)
+{
+    krul_device_pool_options sizes = {.chunk_bytes = chunk_bytes, .n_chunks = n_chunks};
+    *at = (place){.predict = new_predict(), .fd = -1};
+    if (fake_ops.open(0, &at->device, NULL) != KRUL_STATUS_OK ||
+        fake_ops.memory_new(at->device, sizeof target, &at->memory, NULL) != KRUL_STATUS_OK ||
+        krul_device_pool_new(ops, &sizes, &at->pool, NULL) != KRUL_STATUS_OK) {
+        abort(); /* nothing that follows makes sense */
+    }
+    memset(fake_real(at->memory), 0, sizeof target);
+}
+
+static void
+close_place(place *at)
+{
+    krul_device_pool_free(at->pool);
+    fake_ops.memory_free(at->device, at->memory);
+    fake_ops.close(at->device);
+    krul_predict_free(at->predict);
+    if (at->fd >= 0) {
+        close(at->fd);
+    }
+    CHECK(fake_is_empty());
+    fake_free_predictors();
+}
+
+/* Steps that write there, from memory or a file. */
+static void
+aim(place *at, bool is_file)
+{
+    if (is_file) {
+        at->fd = make_file_steps(at->predict, at->steps);
+    }
+    else {
+        make_steps(at->predict, at->steps);
+    }
+    for (int i = 0; i < 2 * N_STEPS; i++) {
+        krul_view *view = &at->steps[i / 2].views[i % 2];
+        uintptr_t offset = (uintptr_t)view->data - (uintptr_t)target;
+        view->data = (void *)((uintptr_t)at->memory + offset);
+        view->device_type = KRUL_DEVICE_CUDA;
+    }
+}
+
+static krul_status
+start_there(place *at, int n_threads, double max_bytes_per_s, krul_restore **out, krul_error *err)
+{
+    krul_restore_options options = {
+        .n_threads = n_threads, .devices = at->pool, .max_bytes_per_s = max_bytes_per_s};
+    *out = NULL;
+    return krul_restore_start(best, at->steps, N_STEPS, N_LAYERS, &options, out, err);
+}
+
+/* As is_there, of what has come to the device. */
+static bool
+has_come(const place *at, int layer, int chain, int64_t n_tokens, bool is_written)
+{
+    memcpy(target, fake_real(at->memory), sizeof target);
+    return is_there(layer, chain, n_tokens, is_written);
+}
+
+static void
+check_whole(const place *at)
+{
+    CHECK(memcmp(expected, fake_real(at->memory), sizeof expected) == 0);
+}
+
+/* Whatever the size and number of chunks and threads, the device or where it cannot the CPU decodes
+ * all to the same bytes, those of layer 0 for the others' sake alone, and of some the first tokens. */
+static void
+test_device_restore(void)
 {
     krul_error err;
     fake.max_delay_us = 50;
-    for (int round = 0; round < 16; round++) {
-        krul_predict *predict = new_predict();
-        krul_restore_step steps[N_STEPS];
+    for (int round = 0; round < 48; round++) {
+        place at;
         krul_restore *restore = NULL;
-        krul_device *device = NULL;
-        krul_device_pool *pool = NULL;
-        krul_device_pool_options sizes = {.chunk_bytes = (size_t)1 << (13 + round % 4),
-                                          .n_chunks = 1 + round / 4};
-        void *memory = NULL;
-        bool is_dropped = round % 2 == 1;
-        CHECK(fake_ops.open(0, &device, &err) == KRUL_STATUS_OK);
-        CHECK(fake_ops.memory_new(device, sizeof target, &memory, &err) == KRUL_STATUS_OK);
-        CHECK(krul_device_pool_new(&fake_ops, &sizes, &pool, &err) == KRUL_STATUS_OK);
-        memset(fake_real(memory), 0, sizeof target);
-        make_steps(predict, steps);
-        for (int i = 0; i < N_STEPS; i++) {
-            for (int kv = 0; kv < 2; kv++) {
-                krul_view *view = &steps[i].views[kv];
-                uintptr_t offset = (uintptr_t)view->data - (uintptr_t)target;
-                view->data = (void *)((uintptr_t)memory + offset);
-                view->device_type = KRUL_DEVICE_CUDA;
+        bool is_on_cpu = round % 6 == 5, is_dropped = round % 4 == 1, is_cut = round % 4 == 2;
+        fake.has_no_products = is_on_cpu;
+        atomic_store(&fake.n_predicted, 0);
+        open_place(&at, &fake_ops, (size_t)1 << (13 + round % 4), 1 + round / 4 % 4);
+        aim(&at, round % 3 == 0);
+        for (int i = 0; i < 2 * N_STEPS && is_dropped; i++) {
+            if (i < 2 * N_CHAINS) {
+                at.steps[i / 2].views[i % 2].data = NULL;
             }
         }
-        krul_restore_options options = {.n_threads = 1 + round % 4, .devices = pool};
-        CHECK(krul_restore_start(best, steps, N_STEPS, N_LAYERS, &options, &restore, &err) ==
-              KRUL_STATUS_OK);
-        if (is_dropped) {
-            krul_restore_drop(restore, 0, N_TOKENS);
+        for (int i = 0; i < N_STEPS && is_cut; i++) {
+            if (i % N_CHAINS == 1) {
+                at.steps[i].views[0].shape[2] = 11;
+                at.steps[i].views[1].shape[2] = 11;
+            }
         }
+        CHECK(start_there(&at, 1 + round % 5, 0, &restore, &err) == KRUL_STATUS_OK);
+        const char *problem = krul_restore_predict_problem(restore);
+        CHECK((strstr(problem, "no library") != NULL) == is_on_cpu);
+        CHECK(is_on_cpu || problem[0] == '\0');
         for (int32_t layer = 0; layer < N_LAYERS; layer++) {
             CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
         }
         krul_restore_join(restore);
-        size_t first = is_dropped ? sizeof target[0] : 0;
-        CHECK(memcmp((uint8_t *)expected + first, (uint8_t *)fake_real(memory) + first,
-                     sizeof expected - first) == 0);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+            for (int chain = 0; chain < N_CHAINS; chain++) {
+                int64_t n_tokens = is_cut && chain == 1 ? 11 : CHAIN_TOKENS;
+                bool is_written = layer > 0 || !is_dropped;
+                CHECK(has_come(&at, layer, chain, n_tokens, is_written));
+            }
+        }
+        CHECK(atomic_load(&fake.n_predicted) == (is_on_cpu ? 0 : N_STEPS));
         krul_restore_free(restore);
-        krul_device_pool_free(pool);
-        fake_ops.memory_free(device, memory);
-        fake_ops.close(device);
-        krul_predict_free(predict);
-        CHECK(fake_is_empty());
+        close_place(&at);
     }
     fake_calm();
+}
+
+/* A profile is copied once for all restores that name it, the last few are kept, and one without a
+ * name for its restore alone. */
+static void
+test_device_keeps_profiles(void)
+{
+    krul_error err;
+    place at;
+    krul_restore *restore = NULL;
+    long n_before = 0;
+    open_place(&at, &fake_ops, 1 << 16, 2);
+    static const uint8_t names[] = {0, 0, 1, 1, 1, 2, 1, 3, 2, 1, 0};
+    static const int n_kept[] = {0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2};
+    static const bool is_copied[] = {1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1};
+    for (size_t i = 0; i < sizeof names; i++) {
+        krul_predict_options options = options_of();
+        options.digest[7] = names[i];
+        krul_predict_free(at.predict);
+        CHECK(krul_predict_new(&options, &at.predict, &err) == KRUL_STATUS_OK);
+        aim(&at, false);
+        memset(fake_real(at.memory), 0, sizeof target);
+        atomic_store(&fake.copied_bytes, 0);
+        CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+        krul_restore_join(restore);
+        check_whole(&at);
+        krul_restore_free(restore);
+        CHECK((atomic_load(&fake.copied_bytes) > N_TABLES * 4096 * 4) == is_copied[i]);
+        n_before = i == 0 ? atomic_load(&fake.n_memory) : n_before;
+        CHECK(atomic_load(&fake.n_memory) == n_before + n_kept[i]);
+    }
+    /* Where there is no other room, what nobody uses goes: the next finds only its own. */
+    krul_predict_options options = options_of();
+    options.digest[7] = 9;
+    krul_predict_free(at.predict);
+    CHECK(krul_predict_new(&options, &at.predict, &err) == KRUL_STATUS_OK);
+    aim(&at, false);
+    fake.memory_limit = atomic_load(&fake.memory_bytes) + 100000;
+    CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_predict_problem(restore)[0] == '\0');
+    krul_restore_free(restore);
+    CHECK(atomic_load(&fake.n_memory) == n_before + 1);
+    close_place(&at);
+    fake_calm();
+}
+
+/* A block that is damaged costs its chain from there on; what only the device sees, all that may be
+ * predicted from it. Either way the next restore is well. */
+static void
+test_device_damage(void)
+{
+    for (int round = 0; round < 36; round++) {
+        krul_error err;
+        place at;
+        krul_restore *restore = NULL;
+        const int bad = round % N_STEPS;
+        int bad_layer = bad / N_CHAINS, bad_chain = bad % N_CHAINS;
+        size_t n_bytes = payload_bytes[bad_layer][bad_chain];
+        uint8_t *spoilt = malloc(n_bytes);
+        fake.max_delay_us = round % 2 * 50;
+        memcpy(spoilt, payloads[bad_layer][bad_chain], n_bytes);
+        spoilt[10] ^= 1; /* must be zero */
+        open_place(&at, &fake_ops, (size_t)1 << (13 + round % 4), 1 + round % 3);
+        aim(&at, round % 4 == 0);
+        if (at.fd >= 0) {
+            CHECK(pwrite(at.fd, spoilt, n_bytes, (off_t)at.steps[bad].entry.offset) > 0);
+        }
+        else {
+            at.steps[bad].payload = spoilt;
+        }
+        CHECK(start_there(&at, 1 + round % 3, 0, &restore, &err) == KRUL_STATUS_OK);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            krul_status wanted = layer < bad_layer ? KRUL_STATUS_OK : KRUL_STATUS_CORRUPT;
+            err.message[0] = '\0';
+            CHECK(krul_restore_wait(restore, layer, &err) == wanted);
+            CHECK(layer <= bad_layer || strstr(err.message, "predicted from, failed") != NULL);
+        }
+        krul_restore_join(restore);
+        for (int i = 0; i < N_STEPS; i++) {
+            int layer = i / N_CHAINS, chain = i % N_CHAINS;
+            CHECK(
+                has_come(&at, layer, chain, CHAIN_TOKENS, layer < bad_layer || chain != bad_chain));
+        }
+        krul_restore_free(restore);
+
+        memset(fake_real(at.memory), 0, sizeof target);
+        aim(&at, false);
+        atomic_store(&fake.works_until_damage, round % 3);
+        CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+        krul_restore_join(restore);
+        int first_corrupt = N_LAYERS;
+        for (int32_t layer = N_LAYERS - 1; layer >= 0; layer--) {
+            krul_status status = krul_restore_wait(restore, layer, &err);
+            CHECK(status == KRUL_STATUS_OK || status == KRUL_STATUS_CORRUPT);
+            first_corrupt = status == KRUL_STATUS_CORRUPT ? layer : first_corrupt;
+        }
+        CHECK(first_corrupt < N_LAYERS);
+        for (int32_t layer = first_corrupt; layer < N_LAYERS; layer++) {
+            CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_CORRUPT);
+        }
+        krul_restore_free(restore);
+        fake_calm();
+
+        memset(fake_real(at.memory), 0, sizeof target);
+        aim(&at, false);
+        CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+        krul_restore_join(restore);
+        check_whole(&at);
+        krul_restore_free(restore);
+        close_place(&at);
+        free(spoilt);
+    }
+}
+
+/* Every call that can fail does, once, then for good, then while a stream carries it out: a layer is
+ * whole or says DEVICE, and the next restore of the same pool is well. */
+static void
+test_device_faults(void)
+{
+    int n_failed = 0, n_whole = 0, n_on_cpu = 0;
+    for (int kind = 0; kind < 3; kind++) {
+        bool is_over = false;
+        for (int at_call = 0; !is_over; at_call++) {
+            krul_error err = {.status = KRUL_STATUS_OK};
+            place at;
+            krul_restore *restore = NULL;
+            open_place(&at, &fake_ops, 1 << 14, 2);
+            aim(&at, false);
+            fake.is_dead = kind == 1;
+            atomic_store(kind < 2 ? &fake.calls_until_failure : &fake.works_until_failure, at_call);
+            krul_status status = start_there(&at, 2, 0, &restore, &err);
+            CHECK(status == KRUL_STATUS_OK || status == KRUL_STATUS_DEVICE);
+            if (status == KRUL_STATUS_OK) {
+                n_on_cpu += krul_restore_predict_problem(restore)[0] != '\0';
+                krul_restore_join(restore);
+                for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+                    status = krul_restore_wait(restore, layer, &err);
+                    CHECK(status == KRUL_STATUS_OK || status == KRUL_STATUS_DEVICE);
+                    for (int chain = 0; chain < N_CHAINS && status == KRUL_STATUS_OK; chain++) {
+                        CHECK(has_come(&at, layer, chain, CHAIN_TOKENS, true));
+                    }
+                    n_whole += status == KRUL_STATUS_OK;
+                }
+            }
+            krul_restore_free(restore);
+            is_over = atomic_load(&fake.n_failed) == 0;
+            n_failed += !is_over;
+            fake_calm();
+            CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+            CHECK(krul_restore_predict_problem(restore)[0] == '\0');
+            krul_restore_join(restore);
+            check_whole(&at);
+            krul_restore_free(restore);
+            close_place(&at);
+        }
+    }
+    CHECK(n_failed > 100 && n_whole > 100 && n_on_cpu > 40);
+}
+
+/* The less memory, the sooner the CPU decodes; no byte differs. */
+static void
+test_device_out_of_memory(void)
+{
+    int n_on_cpu = 0, n_on_device = 0, n_refused = 0;
+    for (size_t limit = 1 << 14; limit < 1 << 21; limit += limit / 8) {
+        krul_error err;
+        place at;
+        krul_restore *restore = NULL;
+        open_place(&at, &fake_ops, 1 << 14, 2);
+        aim(&at, false);
+        fake.memory_limit = sizeof target + limit;
+        krul_status status = start_there(&at, 2, 0, &restore, &err);
+        CHECK(status == KRUL_STATUS_OK || status == KRUL_STATUS_DEVICE);
+        n_refused += status != KRUL_STATUS_OK;
+        if (status == KRUL_STATUS_OK) {
+            bool is_on_cpu = krul_restore_predict_problem(restore)[0] != '\0';
+            n_on_cpu += is_on_cpu;
+            n_on_device += !is_on_cpu;
+            krul_restore_join(restore);
+            check_whole(&at);
+        }
+        krul_restore_free(restore);
+        close_place(&at);
+        fake_calm();
+    }
+    CHECK(n_on_cpu > 5 && n_on_device > 5 && n_refused > 0);
+}
+
+/* Dropped, put into another order, cancelled and abandoned while it is under way: a block is whole or
+ * untouched, and those that were not dropped are whole where nobody cancelled. */
+static void
+test_device_meddled_with(void)
+{
+    unsigned seed = 5;
+    int n_untouched = 0, n_cancelled = 0;
+    fake.max_delay_us = 60;
+    for (int round = 0; round < 120; round++) {
+        krul_error err;
+        place at;
+        krul_restore *restore = NULL;
+        int64_t order[N_STEPS], n_dropped[N_LAYERS] = {0};
+        bool is_cancelled = false;
+        open_place(&at, &fake_ops, (size_t)1 << (13 + round % 4), 1 + round % 3);
+        aim(&at, round % 2 == 0);
+        CHECK(start_there(&at, 1 + round % 4, round % 2 == 0 ? 2e6 : 0, &restore, &err) ==
+              KRUL_STATUS_OK);
+        for (int i = 0; i < 4; i++) {
+            int kind = rand_r(&seed) % 8;
+            if (kind < 3) {
+                int32_t layer = rand_r(&seed) % N_LAYERS;
+                int64_t n = (int64_t)(1 + rand_r(&seed) % N_CHAINS) * CHAIN_TOKENS;
+                krul_restore_drop(restore, layer, n);
+                n_dropped[layer] = krul_max_i64(n_dropped[layer], n);
+            }
+            else if (kind < 5) {
+                for (int64_t k = 0; k < N_STEPS; k++) {
+                    order[k] = (k * 5 + round) % N_STEPS;
+                }
+                CHECK(krul_restore_reorder(restore, order, N_STEPS, &err) == KRUL_STATUS_OK);
+            }
+            else if (kind < 7) {
+                usleep((useconds_t)(rand_r(&seed) % 600));
+            }
+            else if (round % 3 == 0) {
+                is_cancelled = true;
+                krul_restore_abandon(restore);
+                memcpy(target, fake_real(at.memory), sizeof target);
+                usleep(300);
+                CHECK(memcmp(target, fake_real(at.memory), sizeof target) == 0);
+            }
+        }
+        krul_restore_join(restore);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+            krul_status status = krul_restore_wait(restore, layer, &err);
+            CHECK(status == KRUL_STATUS_OK || (is_cancelled && status == KRUL_STATUS_CANCELLED));
+            n_cancelled += status == KRUL_STATUS_CANCELLED;
+            for (int chain = 0; chain < N_CHAINS; chain++) {
+                bool is_whole = has_come(&at, layer, chain, CHAIN_TOKENS, true);
+                bool is_untouched = has_come(&at, layer, chain, CHAIN_TOKENS, false);
+                bool is_dropped = (chain + 1) * CHAIN_TOKENS <= n_dropped[layer];
+                CHECK(is_whole || (is_untouched && (is_dropped || status != KRUL_STATUS_OK)));
+                n_untouched += is_untouched;
+            }
+        }
+        krul_restore_free(restore);
+        close_place(&at);
+    }
+    CHECK(n_untouched > 50 && n_cancelled > 10);
+    fake_calm();
+}
+
+/* What a device cannot do alone the CPU does, and says why: chains over two devices, or onto the CPU, a
+ * device without codec predict. Blocks that lack what they are predicted from fail as on the CPU. */
+static void
+test_device_refusals(void)
+{
+    krul_error err;
+    place at;
+    krul_restore *restore = NULL;
+    open_place(&at, &fake_ops, 1 << 15, 2);
+    aim(&at, false);
+    atomic_store(&fake.n_predicted, 0);
+    for (int i = 0; i < 2 * N_STEPS; i++) {
+        at.steps[i / 2].views[i % 2].device_id = i / 2 >= 2 * N_CHAINS;
+    }
+    CHECK(start_there(&at, 3, 0, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(strstr(krul_restore_predict_problem(restore), "several devices") != NULL);
+    krul_restore_join(restore);
+    check_whole(&at);
+    krul_restore_free(restore);
+
+    aim(&at, false);
+    memset(fake_real(at.memory), 0, sizeof target);
+    for (int i = 0; i < 2 * N_CHAINS; i++) { /* layer 0 */
+        krul_view *view = &at.steps[i / 2].views[i % 2];
+        view->data = fake_real(view->data);
+        view->device_type = KRUL_DEVICE_CPU;
+    }
+    CHECK(start_there(&at, 3, 0, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(strstr(krul_restore_predict_problem(restore), "several devices") != NULL);
+    krul_restore_join(restore);
+    check_whole(&at);
+    krul_restore_free(restore);
+    CHECK(atomic_load(&fake.n_predicted) == 0);
+
+    aim(&at, false);
+    for (int i = 0; i < N_CHAINS; i++) { /* layer 1 in place of layer 0, which then is missing */
+        at.steps[i] = at.steps[i + N_CHAINS];
+        at.steps[i + N_CHAINS] = at.steps[i + 2 * N_CHAINS];
+        at.steps[i + 2 * N_CHAINS] = at.steps[i + 3 * N_CHAINS];
+    }
+    krul_restore_options options = {.n_threads = 2, .devices = at.pool};
+    CHECK(krul_restore_start(best, at.steps, 3 * N_CHAINS, N_LAYERS, &options, &restore, &err) ==
+          KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    for (int32_t layer = 1; layer < N_LAYERS; layer++) {
+        CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_BAD_VALUE);
+    }
+    CHECK(strstr(err.message, "layer 3, tokens from ") != NULL);
+    krul_restore_free(restore);
+    close_place(&at);
+
+    krul_device_ops without = fake_ops;
+    without.products_new = NULL;
+    open_place(&at, &without, 1 << 15, 2);
+    aim(&at, false);
+    CHECK(start_there(&at, 2, 0, &restore, &err) == KRUL_STATUS_OK);
+    CHECK(strstr(krul_restore_predict_problem(restore), "fake has no way") != NULL);
+    krul_restore_join(restore);
+    check_whole(&at);
+    krul_restore_free(restore);
+    close_place(&at);
 }
 
 int
@@ -824,7 +1212,6 @@ main(void)
     test_arguments();
     test_chains_in_threads();
     test_restore();
-    test_restore_on_a_device();
     test_fewer_tokens();
     test_drop();
     test_drop_under_way();
@@ -832,6 +1219,15 @@ main(void)
     test_damaged_block(true);
     test_cancel();
     test_refused_steps();
+    krul_predict_options options = options_of();
+    fake.predict_options = &options;
+    test_device_restore();
+    test_device_keeps_profiles();
+    test_device_damage();
+    test_device_faults();
+    test_device_out_of_memory();
+    test_device_meddled_with();
+    test_device_refusals();
     for (int i = 0; i < N_STEPS; i++) {
         free(payloads[i / N_CHAINS][i % N_CHAINS]);
     }

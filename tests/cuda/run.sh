@@ -100,6 +100,7 @@ for job in ${running[@]+"${running[@]}"}; do wait "$job"; done
 libraries=(
     "stub_cblas tests/c/stub_blas.c -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t"
     "stub_cublas tests/cuda/stub_cublas.c"
+    "stub_cublas_13 tests/cuda/stub_cublas.c -Wl,-soname,libcublas.so.13"
     "stub_cublas_lacking tests/cuda/stub_cublas.c -DSTUB_LACKS_GEMM"
 )
 for library in "${libraries[@]}"; do
