@@ -244,7 +244,9 @@ def test_a_cache_that_is_closed_at_once(store, llama, direct):
         store.open("chat", model).close()
 
 
-def test_what_c_refuses(direct):
+def test_what_c_refuses(direct, profile):
+    with pytest.raises(ValueError, match="digest has 3 bytes but must have 32"):
+        _core.Predict(None, profile.tables, 0, [], 1, 0, 1, digest=b"abc")
     there = torch.zeros(1, 1, 4, 8, device=elsewhere.device())
     with pytest.raises(krul.DeviceError, match=r"\(2, 0\) but must be on \(1, 0\)"):
         _core.encode_blocks([(1, 0, (there,))])
