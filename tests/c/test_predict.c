@@ -747,6 +747,20 @@ test_refused_steps(void)
     krul_predict_free(other);
 }
 
+/* The same views in the device's memory. */
+static void
+move_to_device(krul_restore_step *steps, void *memory)
+{
+    for (int i = 0; i < N_STEPS; i++) {
+        for (int kv = 0; kv < 2; kv++) {
+            krul_view *view = &steps[i].views[kv];
+            uintptr_t offset = (uintptr_t)view->data - (uintptr_t)target;
+            view->data = (void *)((uintptr_t)memory + offset);
+            view->device_type = KRUL_DEVICE_CUDA;
+        }
+    }
+}
+
 /* Chains are decoded on the host where a device cannot: in the order of their layers, though many of
  * their blocks are in one chunk and other threads have the rest. */
 static void
@@ -769,14 +783,7 @@ test_restore_on_a_device(void)
         CHECK(krul_device_pool_new(&fake_ops, &sizes, &pool, &err) == KRUL_STATUS_OK);
         memset(fake_real(memory), 0, sizeof target);
         make_steps(predict, steps);
-        for (int i = 0; i < N_STEPS; i++) {
-            for (int kv = 0; kv < 2; kv++) {
-                krul_view *view = &steps[i].views[kv];
-                uintptr_t offset = (uintptr_t)view->data - (uintptr_t)target;
-                view->data = (void *)((uintptr_t)memory + offset);
-                view->device_type = KRUL_DEVICE_CUDA;
-            }
-        }
+        move_to_device(steps, memory);
         krul_restore_options options = {.n_threads = 1 + round % 4, .devices = pool};
         CHECK(krul_restore_start(best, steps, N_STEPS, N_LAYERS, &options, &restore, &err) ==
               KRUL_STATUS_OK);
@@ -798,6 +805,53 @@ test_restore_on_a_device(void)
         CHECK(fake_is_empty());
     }
     fake_calm();
+}
+
+/* The first layer's blocks come slowly from a file; what is predicted from them is in memory already,
+ * and is in the hands of other threads long before. */
+static void
+test_chains_wait_on_a_device(void)
+{
+    krul_error err;
+    krul_predict *predict = new_predict();
+    krul_restore_step steps[N_STEPS], in_memory[N_STEPS];
+    krul_restore *restore = NULL;
+    krul_device *device = NULL;
+    krul_device_pool *pool = NULL;
+    krul_device_pool_options sizes = {.chunk_bytes = 1 << 14, .n_chunks = 2};
+    void *memory = NULL;
+    CHECK(fake_ops.open(0, &device, &err) == KRUL_STATUS_OK);
+    CHECK(fake_ops.memory_new(device, sizeof target, &memory, &err) == KRUL_STATUS_OK);
+    CHECK(krul_device_pool_new(&fake_ops, &sizes, &pool, &err) == KRUL_STATUS_OK);
+    memset(fake_real(memory), 0, sizeof target);
+    int fd = make_file_steps(predict, steps);
+    make_steps(predict, in_memory);
+    double n_slow = 0;
+    for (int i = 0; i < N_STEPS; i++) {
+        if (i < N_CHAINS) {
+            n_slow += (double)steps[i].entry.payload_bytes;
+        }
+        else {
+            steps[i] = in_memory[i];
+        }
+    }
+    move_to_device(steps, memory);
+    krul_restore_options options = {
+        .n_threads = N_STEPS, .devices = pool, .max_bytes_per_s = n_slow / 0.2};
+    CHECK(krul_restore_start(best, steps, N_STEPS, N_LAYERS, &options, &restore, &err) ==
+          KRUL_STATUS_OK);
+    for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+    }
+    krul_restore_join(restore);
+    CHECK(memcmp(expected, fake_real(memory), sizeof expected) == 0);
+    krul_restore_free(restore);
+    krul_device_pool_free(pool);
+    fake_ops.memory_free(device, memory);
+    fake_ops.close(device);
+    krul_predict_free(predict);
+    close(fd);
+    CHECK(fake_is_empty());
 }
 
 int
@@ -825,6 +879,7 @@ main(void)
     test_chains_in_threads();
     test_restore();
     test_restore_on_a_device();
+    test_chains_wait_on_a_device();
     test_fewer_tokens();
     test_drop();
     test_drop_under_way();
