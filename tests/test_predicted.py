@@ -195,7 +195,7 @@ def test_in_part_recomputed(store, llama, restore):
             torch.testing.assert_close(
                 got[layer][kv][:, :, :n], exact[layer][kv][:, :, :n], atol=1e-4, rtol=1e-4
             )
-            assert torch.equal(
+            assert n == N_HISTORY or models.same(
                 got[layer][kv][:, :, max(n, 4) :], loaded[layer][kv][:, :, max(n, 4) :]
             )
 

@@ -112,7 +112,7 @@ def test_the_guard_steps_up_until_it_is_content(store, llama):
         converse(llama, cache, models.token_ids(1, N_HISTORY))
         report = cache.save()
     assert set(report.codec_by_layer) == {"exact"}
-    assert report.guard_mean_kl == 0.0
+    assert report.guard_mean_kl <= (0.0 if llama.device.type == "cpu" else 1e-6)
     assert report.guard_top1 == 1.0
     assert "refused" in report.reason
     assert "int8" in report.reason
