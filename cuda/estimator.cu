@@ -634,8 +634,7 @@ __launch_bounds__(N_WARPS *WARP) compare_rows(observe_arguments arguments)
             if (key < arguments.n_seen) {
                 received[(int64_t)(i / n_keys) * arguments.n_seen + key] = memory.received[i];
             }
-        }
-        __syncthreads();
+        } /* no barrier: the thread that read a number here is the one that sets it to 0 above */
     }
     const int64_t block = ((int64_t)batch * group.n_splits + split) * group.n_key_blocks +
                           blockIdx.x;

@@ -1087,6 +1087,8 @@ class Cache(DynamicCache):
         try:
             report = save.save_cache(self, snapshot)
             self.save_report = report
+            if self.costs is not None:
+                self.costs.save()
             return report
         finally:
             with self._lock:

@@ -196,6 +196,7 @@ class CostBook:
         self._decode_bytes_per_s: dict[int, float] = {}
         self._kl_per_step2: dict[str, float] = {}
         self._passes: dict[int, list[tuple[int, int, float]]] = {}
+        self._fitted: tuple[Any, ForwardCost | None] | None = None  # to which passes, and what
         self._lock = threading.Lock()
         self._is_changed = False
         if path is not None:
@@ -256,7 +257,11 @@ class CostBook:
         with self._lock:
             passes = [row for rows in self._passes.values() for row in rows]
         # Passes of a token or two are all overhead: they say nothing of what a prefix costs.
-        return _fit([row for row in passes if row[1] >= 8] or passes, self.attention_share)
+        known = [row for row in passes if row[1] >= 8] or passes, self.attention_share
+        fitted = self._fitted
+        if fitted is None or fitted[0] != known:
+            fitted = self._fitted = known, _fit(*known)
+        return fitted[1]
 
     def decode_bytes_per_s(self, codec: int) -> float | None:
         """Return how many bytes one thread decodes in a second, or None if that is unknown."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .layer import outside_autograd
-from .model import decoder_layers, generation_model, input_device
+from .model import decoder_layers, generation_model, input_device, modules_of
 
 __all__ = [
     "CPU",
@@ -73,23 +73,22 @@ def layer_devices(model: Any) -> list[torch.device]:
     """
     inner = generation_model(model)
     otherwise = input_device(inner)
-    devices = []
-    for _, layer, _ in decoder_layers(inner)[1]:
-        found = _execution_device(layer)
-        if found is None:
-            found = next((p.device for p in layer.parameters() if not p.is_meta), otherwise)
-        devices.append(_indexed(found))
-    return devices
+    return [_indexed(_device_of(layer, otherwise)) for _, layer, _ in decoder_layers(inner)[1]]
 
 
-def _execution_device(layer: torch.nn.Module) -> torch.device | None:
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
+def _device_of(layer: torch.nn.Module, otherwise: torch.device) -> torch.device:
+    """Return where accelerate runs a layer, else where its first weights are that are anywhere."""
+    found = None
+    for module in modules_of(layer):
+        hook = module.__dict__.get("_hf_hook")
+        for one in () if hook is None else getattr(hook, "hooks", (hook,)):
             planned = getattr(one, "execution_device", None)
             if planned is not None:
                 return torch.device(planned)
-    return None
+        if found is None:
+            weights = (x for x in module._parameters.values() if x is not None and not x.is_meta)
+            found = next((x.device for x in weights), None)
+    return otherwise if found is None else found
 
 
 def _indexed(device: torch.device) -> torch.device:

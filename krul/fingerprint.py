@@ -22,6 +22,7 @@ from .model import (
     decoder_layers,
     generation_model,
     is_remembered,
+    modules_of,
     own_layers,
     recall,
     remember,
@@ -169,22 +170,27 @@ def _step(n_elements: int, row_length: int) -> int:
     return step
 
 
-_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return at most 64 numbers of `tensor` as integers of the same bits, [n_samples]."""
+    """Return at most 64 numbers of `tensor`, [n_samples]."""
     n_elements = tensor.numel()
     step = _step(n_elements, tensor.shape[-1] if tensor.dim() else 1) if n_elements else 1
     n_samples = min(_N_SAMPLES, n_elements)
     if tensor.is_contiguous():
-        samples = tensor.as_strided((n_samples,), (step,), tensor.storage_offset())
-    else:
-        where = torch.arange(n_samples, device=tensor.device) * step
-        samples = torch.take(tensor, where)
-    if samples.is_complex():
-        samples = torch.view_as_real(samples).flatten()
-    return samples.view(_AS_INTEGER[samples.element_size()])
+        return tensor.as_strided((n_samples,), (step,), tensor.storage_offset())
+    where = torch.arange(n_samples, device=tensor.device) * step
+    return torch.take(tensor, where)
+
+
+# What the libraries that quantise hang on a tensor.
+_SCALES = ("absmax", "SCB", "quant_state")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it has no scales, told without asking it for what it does not have, which is slow."""
+    attributes = tensor.__dict__  # transformers marks those that it has initialised
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (
+        attributes and any(name in attributes for name in _SCALES)
+    )
 
 
 def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -196,8 +202,8 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
             yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
         return
     yield name, tensor.detach()
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.__dict__:
-        return  # as nearly all are; asking a tensor for what it does not have is slow
+    if _is_plain(tensor):
+        return
     for holder in (tensor, getattr(tensor, "quant_state", None)):
         for inner in ("absmax", "SCB"):
             scales = getattr(holder, inner, None)
@@ -321,7 +327,7 @@ def _tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
     """Return parameters and buffers in the order of the modules, each once."""
     found = {
         id(tensor): tensor
-        for module in model.modules()
+        for module in modules_of(model)
         for tensors in (module._parameters, module._buffers)
         for tensor in tensors.values()
         if tensor is not None
@@ -340,10 +346,7 @@ def _find(model: torch.nn.Module) -> _Found:
     if found is not None:
         return found
     found = _look(model)
-    is_plain = found.adapters is None and all(
-        type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and not x.__dict__
-        for x in tensors
-    )
+    is_plain = found.adapters is None and all(_is_plain(x) and not x.is_meta for x in tensors)
     if is_plain and len(found.rows) == len(tensors):
         replace_remembered(model, "tensors", _Known(tensors, found))
     return found
@@ -431,20 +434,19 @@ def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
 
 
 def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
-    """Return the samples of each tensor, moved to the CPU once per device and element size."""
+    """Return the samples of each tensor, moved to the CPU once per device and dtype."""
     out: list[bytes] = [b""] * len(tensors)
-    batches: dict[tuple[torch.device, int], tuple[list[int], list[torch.Tensor]]] = {}
+    batches: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
     with torch.no_grad():
         for index, tensor in enumerate(tensors):
-            samples = _sample(tensor)
-            batch = batches.setdefault((tensor.device, samples.element_size()), ([], []))
+            batch = batches.setdefault((tensor.device, tensor.dtype), ([], []))
             batch[0].append(index)
-            batch[1].append(samples)
-        for (_, n_bytes), (indices, samples) in batches.items():
-            numbers = torch.cat(samples).cpu().numpy().tobytes()
+            batch[1].append(_sample(tensor))
+        for (_, dtype), (indices, samples) in batches.items():
+            numbers = torch.cat(samples).view(torch.uint8).cpu().numpy().tobytes()
             start = 0
             for index, one in zip(indices, samples, strict=True):
-                end = start + one.numel() * n_bytes
+                end = start + one.shape[0] * dtype.itemsize
                 out[index] = numbers[start:end]
                 start = end
     return out

@@ -549,11 +549,22 @@ def decode_manifest(parts: dict[int, bytes]) -> Manifest:
 def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manifest) -> None:
     """Refuse a segment that does not hold every layer's tokens once, in the layer's own shape."""
     ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for i, entry in enumerate(entries):
-        for layer in entry.layers:
-            for kv in entry.kinds:
-                _check_shape(entry, i, layer, kv, manifest)
-                ranges.setdefault((layer, kv), []).append((entry.token_start, entry.n_tokens))
+    shapes: dict[tuple[int, int], tuple[int, ...]] = {}
+    # By places, as there may be thousands of entries before the first token.
+    for i, (_, _, kind, dtype, lower, upper, *extents, start, n, _, _, _) in enumerate(entries):
+        shape = (*extents, dtype)
+        for layer in (lower,) if upper < 0 else (lower, upper):
+            for kv in (0, 1) if kind == BOTH else (kind,):
+                spans = ranges.get((layer, kv))
+                if spans is None:
+                    spans = ranges[layer, kv] = []
+                    shapes[layer, kv] = _shape_of(i, layer, kv, manifest)
+                if shape != shapes[layer, kv]:
+                    raise FormatError(
+                        f"entry {i}: n_batch, n_heads, head_dim, dtype are {shape} "
+                        f"but layer {layer} has {shapes[layer, kv]}"
+                    )
+                spans.append((start, n))
     token_ends = {max(start + n for start, n in spans) for spans in ranges.values()}
     token_end = max(token_ends, default=0)
     if token_end < info.token_start + info.n_tokens:
@@ -590,21 +601,18 @@ def check_coverage(entries: Sequence[Entry], info: SegmentInfo, manifest: Manife
             )
 
 
-def _check_shape(entry: Entry, index: int, layer: int, kv: int, manifest: Manifest) -> None:
+def _shape_of(index: int, layer: int, kv: int, manifest: Manifest) -> tuple[int, ...]:
+    """Return n_batch, n_heads, head_dim and dtype of a layer's blocks; refuse one without any."""
     if layer >= len(manifest.layers):
         raise FormatError(
             f"entry {index}: layer is {layer} but the model has {len(manifest.layers)}"
         )
     layout = manifest.layers[layer]
+    if layout.kind == "none":
+        raise FormatError(f"entry {index}: layer {layer} is of kind none but has a block")
     head_dim = layout.value_head_dim if kv else layout.key_head_dim
     dtype = DTYPE_NUMBERS[layout.value_dtype if kv else layout.key_dtype]
-    found = (entry.n_batch, entry.n_heads, entry.head_dim, entry.dtype)
-    wanted = (manifest.n_batch, layout.n_kv_heads, head_dim, dtype)
-    if layout.kind == "none" or found != wanted:
-        raise FormatError(
-            f"entry {index}: n_batch, n_heads, head_dim, dtype are {found} "
-            f"but layer {layer} ({layout.kind}) has {wanted}"
-        )
+    return (manifest.n_batch, layout.n_kv_heads, head_dim, dtype)
 
 
 def check_conversation_id(conversation_id: str) -> None:

@@ -112,18 +112,25 @@ def probe(model: Any) -> Capabilities:
     return found if found.recompute is not None else replace(found, partial=_partial(inner, key))
 
 
-def examine(model: Any) -> tuple[Capabilities, Fingerprint]:
+def examine(model: Any, *, is_supported: bool = False) -> tuple[Capabilities, Fingerprint]:
     """Return what :func:`probe` and :func:`fingerprint` do, looking at the weights once.
 
     But `partial` is not found out, and as `recompute`: most conversations are never recomputed in
     part, and :func:`why_not_partial` tells later.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        See :func:`generation_model`.
+    is_supported : bool
+        `support` was asked a moment ago and gave no reason.
 
     Raises
     ------
     krul.UnsupportedModelError
         `support` gives a reason, or a parameter can be read nowhere.
     """
-    reason = support(model)
+    reason = None if is_supported else support(model)
     if reason is not None:
         raise UnsupportedModelError(reason)
     inner = generation_model(model)

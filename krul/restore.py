@@ -124,13 +124,16 @@ def open_cache(
     """
     settings = Settings() if settings is None else settings
     conversation = store.files(conversation_id)
+    reason = support(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
     manifest, problem = _read_manifest(conversation)
     # Threads read and decode while the model is looked at; what they decode of another model's
     # conversation is thrown away.
     arrival = None if manifest is None else _Arrival(conversation, manifest, settings, model)
     cache = None
     try:
-        capabilities, present = examine(model)
+        capabilities, present = examine(model, is_supported=True)
         if capabilities.cache is not None:
             raise UnsupportedModelError(capabilities.cache)
         if manifest is not None:
@@ -200,8 +203,7 @@ class _Arrival:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
         find_profile = conversation.store.profiles.get
-        # A model that krul cannot keep is refused later, with the reason.
-        devices = layer_devices(model) if support(model) is None else []
+        devices = layer_devices(model)
         self.source = source = Source(conversation, manifest, settings, book, find_profile, devices)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -320,8 +320,7 @@ class Source:
         steps = [
             step
             for segment, fd, entries in self._files
-            for entry in entries
-            for step in _steps_of(entry, fd, segment, room)
+            for step in _steps_of(entries, fd, segment, room)
         ]
         self._starts = _starts_by_layer(steps)
         self._n_tokens = self.n_tokens
@@ -548,6 +547,18 @@ class Source:
             if index not in done and step.token_start < self._n_tokens
         ]
 
+    def _blocks_left(self) -> list[tuple[tuple[int, ...], int, int, int]]:
+        """Return what `CostBook.plan_costs` takes, those of the same layers and codec as one."""
+        sums: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for step in self._left():
+            sum_of = sums.setdefault((step.layers, step.codec), [0, 0])
+            sum_of[0] += step.payload_bytes
+            sum_of[1] += step.decoded_bytes
+        return [
+            (layers, codec, n_bytes, 0 if self._direct.issuperset(layers) else decoded_bytes)
+            for (layers, codec), (n_bytes, decoded_bytes) in sums.items()
+        ]
+
     def _cpu_bytes(self, step: _Step) -> int:
         """Return the bytes that the CPU has to decode; a device takes next to no time."""
         return 0 if self._direct.issuperset(step.layers) else step.decoded_bytes
@@ -571,7 +582,7 @@ class Source:
             costs = self.costs.plan_costs(
                 n_layers,
                 self.manifest.n_batch,
-                [(x.layers, x.codec, x.payload_bytes, self._cpu_bytes(x)) for x in self._left()],
+                self._blocks_left(),
                 read_bytes_per_s=read_rate,
                 n_threads=settings.n_threads,
                 block_tokens=MAX_BLOCK_TOKENS,
@@ -625,7 +636,21 @@ class Source:
             if counts["read_s"] > counts["decode_s"]:
                 return
             with contextlib.suppress(CorruptionError, OSError):
-                self.wait(layer)
+                if not self._comes_on(layer):
+                    return
+
+    def _comes_on(self, layer: int) -> bool:
+        """Wait for a layer as long as blocks come in; False where the store has stalled.
+
+        How long to bear that is `wait`'s affair.
+        """
+        for restore in self._restores:
+            n_done = -1
+            while not restore.wait_for(layer, _PATIENCE_POLL_S):
+                n_before, n_done = n_done, restore.counts()["n_steps_done"]
+                if n_done == n_before:
+                    return False
+        return True
 
     # ---- what a cache asks -----------------------------------------------------------------------
 
@@ -761,7 +786,7 @@ class Source:
             restore.abandon()
         if not self._is_closed:
             self._is_closed = True
-            threading.Thread(target=self._end, name="krul-abandoned", daemon=True).start()
+            threading.Thread(target=self._end_late, name="krul-abandoned", daemon=True).start()
 
     def close(self) -> None:
         """Cancel what is under way, wait for the threads, close the files.
@@ -775,9 +800,13 @@ class Source:
     def _end(self) -> None:
         for restore in self._restores:
             restore.close()
+        # Kept by the cache's `save` or `close`: the first token does not wait for a file.
         self.costs.add_restore(self.counts(), self.settings.max_read_bytes_per_s)
-        self.costs.save()
         self._drop_files(0)
+
+    def _end_late(self) -> None:
+        self._end()
+        self.costs.save()
 
     def report(self) -> RestoreReport:
         """Return how the restore went, or goes."""
@@ -964,40 +993,56 @@ def whole_blocks(
     return result
 
 
-def _steps_of(
-    entry: Entry, fd: int, segment: SegmentInfo, buffers: dict[int, KeysAndValues]
-) -> list[_Step]:
-    """Return what is to be done with a block: a step for each device that wants some of it."""
-    end = segment.token_start + segment.n_tokens
+class _Place(NamedTuple):
+    """Where the blocks of a layer, or of two, go on one device."""
+
+    layers: tuple[int, ...]
+    buffers: tuple[torch.Tensor | None, ...]  # as in `_Step`
+    token_bytes: int  # decoded
+
+
+def _places_of(entry: Entry, buffers: dict[int, KeysAndValues]) -> list[_Place]:
+    """Return where a block goes, one place for each device that wants some of it."""
     layers = entry.layers
-    if entry.token_start >= end or any(layer not in buffers for layer in layers):
+    if any(layer not in buffers for layer in layers):
         return []
-    stop = min(end, entry.token_start + entry.n_tokens)
-    n_tokens = stop - entry.token_start
     whole = (
         buffers[layers[0]] if entry.kv == BOTH else tuple([buffers[x][entry.kv] for x in layers])
     )
     # All that a block fills has one shape and dtype.
-    row_bytes = entry.n_batch * entry.n_heads * entry.head_dim * whole[0].element_size()
-    steps = []
+    token_bytes = entry.n_batch * entry.n_heads * entry.head_dim * whole[0].element_size()
+    places = []
     for device in dict.fromkeys(buffer.device for buffer in whole):
         here = [buffer.device == device for buffer in whole]
-        steps.append(
-            _Step(
-                layers=tuple(dict.fromkeys(itertools.compress(entry.layer_of_view, here))),
-                token_start=entry.token_start,
-                token_end=stop,
-                codec=entry.codec,
-                payload_bytes=entry.payload_bytes,
-                decoded_bytes=n_tokens * row_bytes * sum(here),
-                fd=fd,
-                entry=entry,
-                buffers=tuple(
+        places.append(
+            _Place(
+                tuple(dict.fromkeys(itertools.compress(entry.layer_of_view, here))),
+                tuple(
                     buffer if is_here else None for buffer, is_here in zip(whole, here, strict=True)
                 ),
+                token_bytes * sum(here),
             )
         )
-    return steps
+    return places
+
+
+def _steps_of(
+    entries: Iterable[Entry], fd: int, segment: SegmentInfo, buffers: dict[int, KeysAndValues]
+) -> Iterator[_Step]:
+    """Yield what is to be done with the blocks of a segment, in their order."""
+    end = segment.token_start + segment.n_tokens
+    known: dict[tuple[int, int, int], list[_Place]] = {}
+    for entry in entries:
+        _, codec, kv, _, lower, upper, _, _, _, start, n_tokens, _, payload_bytes, _ = entry
+        if start >= end:
+            continue
+        places = known.get((lower, upper, kv))
+        if places is None:
+            places = known[lower, upper, kv] = _places_of(entry, buffers)
+        stop = min(end, start + n_tokens)
+        for layers, into, token_bytes in places:
+            n_bytes = (stop - start) * token_bytes
+            yield _Step(layers, start, stop, codec, payload_bytes, n_bytes, fd, entry, into)
 
 
 def decode_windows(

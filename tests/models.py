@@ -9,14 +9,17 @@ same model.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+
+from krul.errors import CorruptionError
 
 __all__ = [
     "ABSENT",
@@ -28,9 +31,13 @@ __all__ = [
     "draw",
     "is_available",
     "is_refused",
+    "once_more",
     "rope",
+    "same",
+    "shared",
     "tiny",
     "token_ids",
+    "tolerance",
     "workable",
 ]
 
@@ -39,6 +46,9 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCABULARY = 128
 N_LAYERS = 4
 WINDOW = 8
+
+#: Where `tiny` and `token_ids` make what they return; the fixture `device` sets it.
+place = torch.device("cpu")
 
 
 def rope(base: float, layer_types: Iterable[str] = ()) -> dict[str, Any]:
@@ -343,7 +353,48 @@ def tiny(
     model = AutoModelForCausalLM.from_config(config, **options)
     if name in WORKABLE:
         draw(model, seed)
-    return model.to(dtype).eval()
+    return model.to(place, dtype).eval()
+
+
+@functools.cache
+def _shared(name: str, device: torch.device) -> Any:
+    assert device == place
+    return tiny(name)
+
+
+def shared(name: str) -> Any:
+    """Return `tiny(name)`, made once for each place; whoever takes it leaves it as it was."""
+    return _shared(name, place)
+
+
+def once_more(work: Callable[[], Any]) -> Any:
+    """Return what `work` does over a damaged history.
+
+    A GPU may learn of damage behind the pass that used it, which is then undone, and repaired.
+    """
+    try:
+        return work()
+    except CorruptionError as error:
+        if place.type == "cpu" or "undone" not in str(error):
+            raise
+        return work()
+
+
+def tolerance() -> float:
+    """Return how far numbers of tiny float32 models may be apart, relative to the largest.
+
+    Products of other shapes add in another order; a GPU also chooses a kernel by the shape, and by
+    how tensors lie in memory.
+    """
+    return 1e-4 if place.type == "cuda" else 1e-5
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether logits are equal: bit for bit, but on a GPU as far as its kernels allow."""
+    if place.type != "cuda":
+        return torch.equal(found, wanted)
+    bound = {torch.float32: tolerance(), torch.float16: 1e-2, torch.bfloat16: 1e-1}[wanted.dtype]
+    return bool((found - wanted).abs().max() <= bound * wanted.abs().max())
 
 
 def draw(model: torch.nn.Module, seed: int = 0) -> None:
@@ -373,4 +424,4 @@ _QUERY_AND_KEY = ("q_proj", "k_proj", "qkv", "query", "c_attn", "Wqkv", "q_b_pro
 def token_ids(seed: int, n_tokens: int, n_batch: int = 1) -> torch.Tensor:
     """Return random ids [n_batch, n_tokens], int64, without the special ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (n_batch, n_tokens), generator=generator)
+    return torch.randint(3, VOCABULARY, (n_batch, n_tokens), generator=generator).to(place)

@@ -20,15 +20,13 @@ from krul import _core
 from krul.calibrate import fit
 from krul.device import Stopwatch, layer_devices
 
-if elsewhere.why_not():
-    pytest.skip(elsewhere.why_not(), allow_module_level=True)
-
 N_HISTORY = 150
 CODECS = ["exact", "int8", "int4", "share", "share+int8", "share+int4", "auto"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def there():
+def there(needs):
+    needs(elsewhere.why_not())
     with elsewhere.installed():
         yield
 

@@ -26,9 +26,9 @@ def store(tmp_path):
         yield opened
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return models.tiny("llama")
+@pytest.fixture
+def llama(device):
+    return models.shared("llama")
 
 
 def anything(codec, **changes):
@@ -65,7 +65,7 @@ def flip_byte(path, at):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_history", [1, 2, 3, 5, 67, N_HISTORY])
-def test_exact_is_bit_equal(store, dtype, n_history):
+def test_exact_is_bit_equal(store, device, dtype, n_history):
     model = models.tiny("llama").to(dtype)
     ids = models.token_ids(1, n_history)
     with store.open("chat", model, settings=krul.Settings(codec="exact")) as cache:
@@ -76,8 +76,8 @@ def test_exact_is_bit_equal(store, dtype, n_history):
         more = torch.cat([out, models.token_ids(2, 9)], dim=1)
         wanted = next_logits(model, copy.deepcopy(cache), more)
     with store.open("chat", model) as cache:
-        assert torch.equal(cache.token_ids, out[:, :-1])
-        assert torch.equal(next_logits(model, cache, more), wanted)
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
+        assert models.same(next_logits(model, cache, more), wanted)
         restored = cache.restore()
         assert restored.plan == "load"
         assert restored.n_loaded_by_layer == (out.shape[1] - 1,) * models.N_LAYERS
@@ -103,7 +103,7 @@ def test_lossy_codecs_come_back_close(store, llama, codec):
         assert not all(
             torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, exact, strict=True)
         )
-        assert torch.equal(cache.token_ids, out[:, :-1])
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
 
 
 def test_the_guard_steps_up_until_it_is_content(store, llama):
@@ -112,7 +112,7 @@ def test_the_guard_steps_up_until_it_is_content(store, llama):
         converse(llama, cache, models.token_ids(1, N_HISTORY))
         report = cache.save()
     assert set(report.codec_by_layer) == {"exact"}
-    assert report.guard_mean_kl == 0.0
+    assert report.guard_mean_kl <= (0.0 if llama.device.type == "cpu" else 1e-6)
     assert report.guard_top1 == 1.0
     assert "refused" in report.reason
     assert "int8" in report.reason
@@ -182,7 +182,7 @@ def test_a_later_turn_writes_only_what_is_new(store, llama, codec):
     assert len(paths(store)) == 2
     with store.open("chat", llama) as cache:
         cache.restore()
-        assert torch.equal(cache.token_ids, out[:, :-1])
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
         for layer, keys in zip(cache.layers, wanted, strict=True):
             kept = first.n_tokens
             assert torch.equal(layer.keys[:, :, :kept], keys[:, :, :kept])
@@ -207,9 +207,9 @@ def test_an_edited_history_keeps_the_common_prefix(store, llama, n_kept):
         assert report.n_new_tokens == out.shape[1] - 1 - n_kept
         wanted = next_logits(llama, copy.deepcopy(cache), torch.cat([out, ids[:, :5]], dim=1))
     with store.open("chat", llama) as cache:
-        assert torch.equal(cache.token_ids, out[:, :-1])
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
         got = next_logits(llama, cache, torch.cat([out, ids[:, :5]], dim=1))
-        assert torch.equal(got, wanted)
+        assert models.same(got, wanted)
     assert store.verify() == []
 
 
@@ -268,7 +268,7 @@ def test_a_left_padded_batch(store, llama, n_batch, codec):
         out = llama.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
         cache.save()
     more = torch.cat([out, models.token_ids(5, 6, n_batch)], dim=1)
-    mask = torch.cat([mask, torch.ones(n_batch, more.shape[1] - 60, dtype=mask.dtype)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(n_batch, more.shape[1] - 60)], dim=1)
     plain = llama.generate(more, attention_mask=mask, **arguments)
     with store.open("batch", llama) as cache:
         assert cache.attention_mask is not None
@@ -335,7 +335,7 @@ def test_a_flipped_payload_byte_is_recomputed(store, llama):
     flip_byte(path, os.path.getsize(path) * 3 // 4)
     assert len(store.verify("chat")) == 1
     with store.open("chat", llama, settings=anything("exact")) as cache:
-        out = converse(llama, cache, ids, n_new=6)
+        out = models.once_more(lambda: converse(llama, cache, ids, n_new=6))
         report = cache.restore_report
         assert torch.equal(out, plain)
         assert any(report.n_recomputed_by_layer)
@@ -378,7 +378,7 @@ def test_a_missing_or_garbled_file_starts_over(store, llama, name):
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
-def test_sliding_windows(store, family):
+def test_sliding_windows(store, device, family):
     model = models.tiny(family)
     with store.open("chat", model, settings=anything("exact")) as cache:
         out = converse(model, cache, models.token_ids(1, 30))
@@ -388,7 +388,7 @@ def test_sliding_windows(store, family):
         more = torch.cat([out, models.token_ids(3, 5)], dim=1)
         wanted = next_logits(model, copy.deepcopy(cache), more)
     with store.open("chat", model) as cache:
-        assert torch.equal(next_logits(model, cache, more), wanted)
+        assert models.same(next_logits(model, cache, more), wanted)
     # The history changes in the second turn: the first turn's boundary is as far as windows reach.
     edited = more.clone()
     edited[:, n_first + 10 :] = (edited[:, n_first + 10 :] + 1) % models.VOCABULARY
@@ -399,7 +399,7 @@ def test_sliding_windows(store, family):
         cache.save()
     assert store.verify() == []
     with store.open("chat", model) as cache:
-        assert torch.equal(cache.token_ids, plain[:, :-1])
+        assert torch.equal(cache.token_ids, plain[:, :-1].cpu())
 
 
 def test_recompute_instead_of_loading(store, llama):
@@ -435,7 +435,7 @@ def test_threads_restore_at_once(store, llama):
     def restore():
         barrier.wait()
         with store.open("chat", llama) as cache:
-            right.append(torch.equal(next_logits(llama, cache, more), wanted))
+            right.append(models.same(next_logits(llama, cache, more), wanted))
 
     threads = [threading.Thread(target=restore) for _ in range(4)]
     for thread in threads:

@@ -27,9 +27,14 @@ def store(tmp_path):
         yield opened
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return models.tiny("llama")
+@pytest.fixture
+def llama(device):
+    return models.shared("llama")
+
+
+@pytest.fixture
+def cpu_llama():
+    return models.shared("llama")
 
 
 def saved(store, model, n_tokens=N_HISTORY, n_batch=1, codec="exact", mask=None):
@@ -79,20 +84,20 @@ def knows(store, model, forward_s_per_token, read_bytes_per_s):
 
 @pytest.mark.parametrize("restore", MIXED)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "olmo2", "mixtral"])
-def test_what_is_recomputed_equals_what_was_stored(store, name, restore):
+def test_what_is_recomputed_equals_what_was_stored(store, device, name, restore):
     model = models.tiny(name)
     _, exact = saved(store, model)
     with krul.attach(model, observe=False):
         expected = next_logits(model, exact)
     with reopened(store, model, restore) as cache:
         logits = next_logits(model, cache)
-        report = cache.restore_report
         # Tiny float32 models; products of other shapes add in another order.
-        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
         for index, (layer, wanted) in enumerate(zip(cache.layers, exact.layers, strict=True)):
             n = min(layer.keys.shape[2], N_HISTORY)
             scale = wanted.keys[:, :, :n].abs().max()
-            assert (layer.keys - wanted.keys).abs().max() <= 1e-5 * scale, index
+            assert (layer.keys - wanted.keys).abs().max() <= models.tolerance() * scale, index
+        report = cache.restore_report  # now that a device has done all it was told to
     assert report.plan in ({"mixed": ("uniform", "pyramid", "step")}.get(restore, (restore,)))
     assert max(report.n_recomputed_by_layer) > 0
     for n_loaded, n_recomputed in zip(
@@ -104,7 +109,7 @@ def test_what_is_recomputed_equals_what_was_stored(store, name, restore):
 
 
 def test_left_padding(store, llama):
-    mask = torch.ones(2, N_HISTORY, dtype=torch.long)
+    mask = torch.ones_like(models.token_ids(1, N_HISTORY, 2))
     mask[1, :37] = 0
     _, exact = saved(store, llama, n_batch=2, mask=mask)
     with krul.attach(llama, observe=False):
@@ -112,7 +117,7 @@ def test_left_padding(store, llama):
     with reopened(store, llama, "pyramid") as cache:
         logits = next_logits(llama, cache, attention_mask=mask)
         assert max(cache.restore_report.n_recomputed_by_layer) > 0
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
 
 
 def test_lossy_codecs_are_exact_where_they_are_recomputed(store, llama):
@@ -123,7 +128,7 @@ def test_lossy_codecs_are_exact_where_they_are_recomputed(store, llama):
         assert n in (516, 1028)
         for layer, wanted in zip(cache.layers, exact.layers, strict=True):
             error = (layer.keys[:, :, :N_HISTORY] - wanted.keys).abs().amax((0, 1, 3))
-            assert error[:n].max() <= 1e-5 * wanted.keys.abs().max()
+            assert error[:n].max() <= models.tolerance() * wanted.keys.abs().max()
             assert error[n:].max() > 1e-4
 
 
@@ -140,7 +145,7 @@ def test_generate_over_a_mixed_restore(store, llama):
     assert torch.equal(out, expected)
     with store.open("chat", llama) as cache:
         cache.restore()
-        assert torch.equal(cache.token_ids, out[:, :-1])
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
 
 
 @pytest.mark.parametrize("n_kept", [3, 300, 516, 700, 1099])
@@ -198,11 +203,12 @@ def test_a_restore_and_its_passes_are_measured(store, llama):
     saved(store, llama)
     with store.open("chat", llama) as cache:
         cache.restore()
-        next_logits(llama, cache, 30)
+        next_logits(llama, cache, 30).cpu()  # a device is done then, and how long it took is known
         book = cache.costs
     assert book.forward() is not None
     assert book.read_bytes_per_s > 0
-    assert book.decode_bytes_per_s(1) > 0
+    if llama.device.type == "cpu":  # what a device decodes takes this machine no time
+        assert book.decode_bytes_per_s(1) > 0
     again = costs.CostBook(book.path, "again")
     assert again.to_dict()["passes"] == book.to_dict()["passes"]
 
@@ -237,7 +243,7 @@ def dropped(store, model, restore="pyramid", codec="exact", n_tokens=N_HISTORY):
 
 @pytest.mark.parametrize("restore", ["pyramid", "step", "uniform", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_tokens_that_are_not_stored_come_back(store, name, restore):
+def test_tokens_that_are_not_stored_come_back(store, device, name, restore):
     model = models.tiny(name)
     ids, exact, report = dropped(store, model, restore)
     assert "tokens are not stored" in report.reason
@@ -249,10 +255,10 @@ def test_tokens_that_are_not_stored_come_back(store, name, restore):
     assert store.verify() == []
     for how in ("auto", "load", "recompute"):
         with reopened(store, model, how) as cache:
-            assert torch.equal(cache.token_ids, ids)
+            assert torch.equal(cache.token_ids, ids.cpu())
             logits = next_logits(model, cache)
             found = cache.restore_report
-        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
         assert max(found.n_recomputed_by_layer) >= 516
 
 
@@ -270,14 +276,14 @@ def test_later_turns_over_dropped_tokens(store, llama, codec):
         assert report.n_new_tokens == 200
     with store.open("chat", llama) as cache:
         logits = next_logits(llama, cache)
-        assert torch.equal(cache.token_ids[:, :1300], torch.cat([ids, new], 1))
+        assert torch.equal(cache.token_ids[:, :1300], torch.cat([ids, new], 1).cpu())
         n_by_layer = cache.restore_report.n_recomputed_by_layer
         assert n_by_layer[0] >= 516
         for layer, wanted, n in zip(cache.layers, exact.layers, n_by_layer, strict=True):
             error = (layer.keys[:, :, :n] - wanted.keys[:, :, :n]).abs()
-            assert error.numel() == 0 or error.max() <= 1e-5 * wanted.keys.abs().max()
+            assert error.numel() == 0 or error.max() <= models.tolerance() * wanted.keys.abs().max()
     # Layers of a random model are not alike: sharing them may say anything.
-    bound = {"exact": 1e-5, "int8": 0.2, "auto": 1.0, "share": math.inf}[codec]
+    bound = {"exact": models.tolerance(), "int8": 0.2, "auto": 1.0, "share": math.inf}[codec]
     assert (logits - expected).abs().max() <= bound * expected.abs().max()
     assert store.verify() == []
 
@@ -295,7 +301,7 @@ def test_a_prompt_that_diverges_inside_dropped_tokens(store, llama, n_kept):
     assert torch.equal(out, expected)
     with store.open("chat", llama) as cache:
         cache.restore()
-        assert torch.equal(cache.token_ids, out[:, :-1])
+        assert torch.equal(cache.token_ids, out[:, :-1].cpu())
 
 
 def test_dropped_tokens_that_cannot_be_recomputed_in_part_are_recomputed_whole(store, llama):
@@ -306,7 +312,7 @@ def test_dropped_tokens_that_cannot_be_recomputed_in_part_are_recomputed_whole(s
         cache.ask_partial = lambda: "the probe said no"
         logits = next_logits(llama, cache)
         assert "the probe said no" in cache.restore_report.reason
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
 
 
 def test_dropped_tokens_that_cannot_be_recomputed_at_all(store, llama):
@@ -356,7 +362,7 @@ def test_a_model_that_fails_while_recomputing(store, llama, error):
             hook.remove()
         report = cache.restore_report
         assert cache.n_tokens == N_HISTORY + 7
-    assert torch.equal(logits, expected)
+    assert models.same(logits, expected)
     assert set(report.n_recomputed_by_layer) == {0}
     assert error is KeyboardInterrupt or "in the middle" in report.reason
     assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
@@ -384,9 +390,9 @@ def test_a_bad_block_met_half_way(store, llama, restore):
         expected = next_logits(llama, exact)
     damage(store, 1)
     with reopened(store, llama, restore) as cache:
-        logits = next_logits(llama, cache)
+        logits = models.once_more(lambda: next_logits(llama, cache))
         report = cache.restore_report
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
     assert report.n_recomputed_by_layer[1] == N_HISTORY
     assert "could not be read" in report.reason
     assert "layer 1" in report.reason
@@ -400,12 +406,26 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
         knows(store, llama, 1e-5, 1e9)
         cache.source._restores[0].limit(1e-3)
         start = time.perf_counter()
-        logits = next_logits(llama, cache)
+        logits = models.once_more(lambda: next_logits(llama, cache))
         assert time.perf_counter() - start < 15
         report = cache.restore_report
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
     assert "recomputing takes about" in report.reason
     assert max(report.n_recomputed_by_layer) == N_HISTORY
+
+
+def test_a_store_that_stalls_when_decoding_took_the_time_is_given_up(store, cpu_llama, monkeypatch):
+    _, exact = saved(store, cpu_llama)
+    with krul.attach(cpu_llama, observe=False):
+        expected = next_logits(cpu_llama, exact)
+    with reopened(store, cpu_llama, "load", max_read_bytes_per_s=1e6) as cache:
+        knows(store, cpu_llama, 1e-5, 1e9)
+        source, counts = cache.source, cache.source.counts
+        monkeypatch.setattr(source, "counts", lambda: {**counts(), "read_s": 0.0})
+        source._restores[0].limit(1e-3)
+        logits = next_logits(cpu_llama, cache)
+        assert "recomputing takes about" in cache.restore_report.reason
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def n_files_open(folder):
@@ -430,9 +450,9 @@ class Hanging:
         self._restore.close()
 
 
-def test_what_was_abandoned_is_not_waited_for_and_its_files_are_closed_once(store, llama):
-    saved(store, llama)
-    cache = reopened(store, llama, "load", max_read_bytes_per_s=1e5)
+def test_what_was_abandoned_is_not_waited_for_and_its_files_are_closed_once(store, cpu_llama):
+    saved(store, cpu_llama)
+    cache = reopened(store, cpu_llama, "load", max_read_bytes_per_s=1e5)
     source = cache.source
     hanging = source._restores[0] = Hanging(source._restores[0])
     n_open = n_files_open(store.files("chat").path)
@@ -463,20 +483,20 @@ def test_a_segment_that_is_cut_short_half_way(store, llama):
     path = os.path.join(files.path, files.read_manifest().segments[0].file)
     with reopened(store, llama, "load", max_read_bytes_per_s=2e6) as cache:
         os.truncate(path, os.path.getsize(path) // 3)
-        logits = next_logits(llama, cache)
+        logits = models.once_more(lambda: next_logits(llama, cache))
         report = cache.restore_report
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
     assert max(report.n_recomputed_by_layer) == N_HISTORY
 
 
 @pytest.mark.parametrize("restore", ["load", "uniform"])
-def test_closing_half_way_leaves_nothing_behind(store, llama, restore):
-    saved(store, llama)
+def test_closing_half_way_leaves_nothing_behind(store, cpu_llama, restore):
+    saved(store, cpu_llama)
     gc.collect()
     n_files, n_threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     n_tasks = len(os.listdir("/proc/self/task"))
     for _ in range(5):
-        cache = reopened(store, llama, restore, max_read_bytes_per_s=1e5)
+        cache = reopened(store, cpu_llama, restore, max_read_bytes_per_s=1e5)
         start = time.perf_counter()
         cache.close()
         assert time.perf_counter() - start < 2
@@ -498,7 +518,7 @@ def test_reading_beside_the_model_by_another_thread(store, llama):
         for fork in (cache, found[0]):
             for layer, wanted in zip(fork.layers, exact.layers, strict=True):
                 scale = wanted.keys.abs().max()
-                assert (layer.keys - wanted.keys).abs().max() <= 1e-5 * scale
+                assert (layer.keys - wanted.keys).abs().max() <= models.tolerance() * scale
 
 
 def test_closing_in_the_middle_of_a_pass_is_an_error_there(store, llama):
@@ -535,11 +555,11 @@ def test_what_is_not_recomputed_is_not_tried_out(store, tmp_path):
         assert asked == expected
 
 
-def test_the_timeline_of_a_restore(store, llama):
-    saved(store, llama)
-    with reopened(store, llama, "uniform") as cache:
+def test_the_timeline_of_a_restore(store, cpu_llama):
+    saved(store, cpu_llama)
+    with reopened(store, cpu_llama, "uniform") as cache:
         source = cache.source
-        next_logits(llama, cache)
+        next_logits(cpu_llama, cache)
         events = source.timeline()
     assert [event["start_s"] for event in events] == sorted(event["start_s"] for event in events)
     assert all(0 <= event["start_s"] <= event["end_s"] for event in events)
@@ -579,18 +599,18 @@ def _tear(store, chance):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_storm_of_restores(tmp_path, llama):
+def test_a_storm_of_restores(tmp_path, cpu_llama):
     """Faults, interrupts, limits and prompt lengths at random: right logits or a clear error."""
     chance = random.Random(7)
     with krul.Store(tmp_path / "origin") as store:
-        ids, _ = saved(store, llama, n_tokens=600)
+        ids, _ = saved(store, cpu_llama, n_tokens=600)
     outcomes = {"right": 0, "closed": 0, "closers": 0}
     for index in range(N_STORM):
         shutil.copytree(tmp_path / "origin", tmp_path / "store")
         n_new = chance.randrange(1, 30)
         whole = torch.cat([ids, models.token_ids(index, n_new)], 1)
         with torch.no_grad():
-            expected = llama(whole, logits_to_keep=1).logits
+            expected = cpu_llama(whole, logits_to_keep=1).logits
         settings = krul.Settings(
             restore=chance.choice(["auto", "load", *MIXED]),
             max_read_bytes_per_s=chance.choice([0, 0, 1e5, 1e6, 1e7]),
@@ -604,25 +624,26 @@ def test_a_storm_of_restores(tmp_path, llama):
 
         hook = None
         with krul.Store(tmp_path / "store") as store:
-            knows(store, llama, chance.choice([1e-6, 1e-4]), chance.choice([1e5, 1e9]))
+            knows(store, cpu_llama, chance.choice([1e-6, 1e-4]), chance.choice([1e5, 1e9]))
             _tear(store, chance)
-            cache = store.open("chat", llama, settings=settings)
+            cache = store.open("chat", cpu_llama, settings=settings)
             closer = None
             if chance.random() < 0.2:
                 closer = threading.Timer(chance.random() * 0.02, cache.close)
                 closer.start()
                 outcomes["closers"] += 1
             if chance.random() < 0.3:
-                hook = llama.model.layers[2].mlp.register_forward_pre_hook(interrupt)
+                hook = cpu_llama.model.layers[2].mlp.register_forward_pre_hook(interrupt)
             try:
                 for _ in range(2):
                     try:
                         n_held = cache.n_tokens
                         with torch.no_grad():
-                            logits = llama(
+                            logits = cpu_llama(
                                 whole[:, n_held:], past_key_values=cache, logits_to_keep=1
                             ).logits
-                        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+                        error, largest = (logits - expected).abs().max(), expected.abs().max()
+                        assert error <= models.tolerance() * largest
                         outcomes["right"] += 1
                         break
                     except ModelError:
@@ -641,4 +662,4 @@ def test_a_storm_of_restores(tmp_path, llama):
     assert outcomes["right"] + outcomes["closed"] == N_STORM
     assert outcomes["closed"] <= outcomes["closers"]
     assert 0 < outcomes["closers"] < N_STORM / 2
-    assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
+    assert not any(layer._forward_pre_hooks for layer in cpu_llama.model.layers)

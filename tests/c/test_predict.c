@@ -876,6 +876,38 @@ test_device_restore(void)
     fake_calm();
 }
 
+/* Where the CPU decodes: the first layer's blocks come slowly from a file; what is predicted from them
+ * is in memory already, and is in the hands of other threads long before. */
+static void
+test_device_chains_wait(void)
+{
+    krul_error err;
+    place at;
+    krul_restore *restore = NULL;
+    double n_slow = 0;
+    fake.has_no_products = true;
+    open_place(&at, &fake_ops, 1 << 14, 2);
+    aim(&at, true);
+    for (int i = 0; i < N_STEPS; i++) {
+        if (i < N_CHAINS) {
+            n_slow += (double)at.steps[i].entry.payload_bytes;
+        }
+        else {
+            at.steps[i].fd = -1;
+            at.steps[i].payload = payloads[i / N_CHAINS][i % N_CHAINS];
+        }
+    }
+    CHECK(start_there(&at, N_STEPS, n_slow / 0.2, &restore, &err) == KRUL_STATUS_OK);
+    for (int32_t layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(krul_restore_wait(restore, layer, &err) == KRUL_STATUS_OK);
+    }
+    krul_restore_join(restore);
+    check_whole(&at);
+    krul_restore_free(restore);
+    close_place(&at);
+    fake_calm();
+}
+
 /* A profile is copied once for all restores that name it, the last few are kept, and one without a
  * name for its restore alone. */
 static void
@@ -1222,6 +1254,7 @@ main(void)
     krul_predict_options options = options_of();
     fake.predict_options = &options;
     test_device_restore();
+    test_device_chains_wait();
     test_device_keeps_profiles();
     test_device_damage();
     test_device_faults();

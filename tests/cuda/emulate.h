@@ -2,13 +2,17 @@
  *
  * Included before a .cu file that is compiled as plain C++17. A thread block runs with a fiber per
  * thread; a fiber goes on until it meets a barrier or a warp operation that others have not reached.
- * Threads can be run forwards, backwards or shuffled (emulate::order): a result that depends on it is
- * a missing barrier. What hardware would answer with undefined behaviour ends the program with a
+ * Threads can be run forwards, backwards, shuffled, or a warp as far ahead as it gets (emulate::order):
+ * a result that depends on it is a missing barrier. What hardware would answer with undefined behaviour ends the program with a
  * message: barriers that not all threads reach, lanes outside their mask, a deadlock. Shared memory
  * is an allocation of its own, filled with 0xa5 before each block, so that a sanitizer sees its end.
  * One thread block at a time, in one thread of the process. Streams and events do everything at once. */
 #ifndef EMULATE_H
 #define EMULATE_H
+
+#ifdef KRUL_ON_GPU
+#include "on_gpu.h"
+#else
 
 #define KRUL_EMULATE 1
 
@@ -345,9 +349,33 @@ cudaFuncSetAttribute(Kernel *, cudaFuncAttribute, int)
 
 namespace emulate {
 
+/* Memory for kernels, of exactly so many bytes where no more than 16 is asked of its address. */
+inline void *
+allocate(size_t n_bytes, size_t alignment = 16)
+{
+    return alignment <= 16
+               ? std::malloc(n_bytes)
+               : std::aligned_alloc(alignment, (n_bytes + alignment - 1) / alignment * alignment);
+}
+
+inline void
+release(void *memory)
+{
+    std::free(memory);
+}
+
 /* In which order the threads of a block, and the blocks, run: 0 forwards, 1 backwards, else shuffled
- * with this seed. */
+ * with this seed. Threads go on by turns, from one barrier or warp operation to the next; where the
+ * order is odd and above 1 a warp instead goes as far as it can before the next has a turn, so that it
+ * meets what the others have not done yet. Every order is higher by EMULATE_ORDER of the environment. */
 inline unsigned order = 0;
+
+inline unsigned
+order_now()
+{
+    static const char *const more = std::getenv("EMULATE_ORDER");
+    return order + (more == nullptr ? 0 : static_cast<unsigned>(std::atoi(more)));
+}
 
 inline const char *kernel_name = "no kernel";
 
@@ -550,18 +578,77 @@ wake(unsigned first, unsigned n, uint32_t mask, waits what)
     }
 }
 
+inline bool
+does_run_ahead()
+{
+    return order_now() > 1 && order_now() % 2 == 1;
+}
+
 inline void
 arrange(std::vector<unsigned> &sequence)
 {
     for (unsigned i = 0; i < sequence.size(); i++) {
         sequence[i] = i;
     }
-    if (order == 1) {
+    if (order_now() == 1) {
         std::reverse(sequence.begin(), sequence.end());
     }
-    else if (order > 1) {
+    else if (order_now() > 1) {
         std::shuffle(sequence.begin(), sequence.end(), the.random);
     }
+}
+
+/* The same for threads, whose warps stay together where they run ahead. */
+inline void
+arrange_threads(std::vector<unsigned> &sequence)
+{
+    arrange(sequence);
+    if (does_run_ahead()) {
+        std::vector<unsigned> place((sequence.size() + 31) / 32);
+        arrange(place);
+        std::stable_sort(sequence.begin(), sequence.end(), [&](unsigned left, unsigned right) {
+            return place[left / 32] < place[right / 32];
+        });
+    }
+}
+
+/* Give a turn to those of a part of the sequence that can go on; false when none of them can. */
+inline bool
+take_turns(unsigned begin, unsigned end)
+{
+    bool has_run = false;
+    for (the.at = begin; the.at < end; the.at++) {
+        thread &next = current();
+        if (next.is_done || next.waiting != waits::for_nothing) {
+            continue;
+        }
+        has_run = true;
+        if (next.on == nullptr) {
+            next.on = take_fiber();
+        }
+        threadIdx = next.index;
+        switch_to(the.scheduler, *next.on, false);
+    }
+    return has_run;
+}
+
+/* Let each warp go as far as it can, one after another; false when none of them can go on. */
+inline bool
+run_ahead()
+{
+    bool has_run = false;
+    unsigned n_threads = static_cast<unsigned>(the.sequence.size());
+    for (unsigned begin = 0, end; begin < n_threads; begin = end) {
+        for (end = begin + 1; end < n_threads; end++) {
+            if (the.sequence[end] / 32 != the.sequence[begin] / 32) {
+                break;
+            }
+        }
+        while (take_turns(begin, end)) {
+            has_run = true;
+        }
+    }
+    return has_run;
 }
 
 inline void
@@ -572,7 +659,7 @@ run_block(const std::function<void()> &body, size_t shared_bytes)
     the.threads.assign(n_threads, thread());
     the.warps.assign((n_threads + 31) / 32, warp());
     the.sequence.resize(n_threads);
-    arrange(the.sequence);
+    arrange_threads(the.sequence);
     the.n_done = 0;
     the.n_at_barrier = 0;
     the.n_barriers = 0;
@@ -585,20 +672,8 @@ run_block(const std::function<void()> &body, size_t shared_bytes)
     std::vector<uint8_t> memory(shared_bytes, 0xa5);
     shared.data = memory.data();
     while (the.n_done < n_threads) {
-        bool is_stuck = true;
-        for (the.at = 0; the.at < n_threads; the.at++) {
-            thread &next = current();
-            if (next.is_done || next.waiting != waits::for_nothing) {
-                continue;
-            }
-            is_stuck = false;
-            if (next.on == nullptr) {
-                next.on = take_fiber();
-            }
-            threadIdx = next.index;
-            switch_to(the.scheduler, *next.on, false);
-        }
-        if (is_stuck) {
+        bool has_run = does_run_ahead() ? run_ahead() : take_turns(0, n_threads);
+        if (!has_run) {
             for (the.at = 0; current().waiting == waits::for_nothing; the.at++) {
             }
             threadIdx = current().index;
@@ -625,7 +700,7 @@ launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes, void *,
     kernel_name = name;
     gridDim = grid;
     blockDim = block;
-    the.random.seed(order);
+    the.random.seed(order_now());
     std::function<void()> body = [&] { kernel(arguments...); };
     std::vector<unsigned> blocks(n_blocks);
     arrange(blocks);
@@ -1154,4 +1229,5 @@ krul_widen_f16(uint32_t bits)
     return emulate::widen_f16(bits & 0xffffu);
 }
 
+#endif /* KRUL_ON_GPU */
 #endif /* EMULATE_H */

@@ -164,7 +164,7 @@ struct chunk {
     std::vector<uint8_t> host;
     std::vector<krul_device_block> blocks;
     std::vector<krul_device_batch> batches;
-    uint32_t damage = 0;
+    std::vector<uint32_t> damage = {0}; /* one, where kernels can write */
 
     void add(const krul_store_entry *entry, const uint8_t *payload, size_t payload_bytes,
              bool is_decoded, const krul_view *views)
@@ -195,14 +195,15 @@ struct chunk {
             return status;
         }
         batches.resize(static_cast<size_t>(n_batches));
-        uint8_t *device = static_cast<uint8_t *>(std::aligned_alloc(16, used));
+        uint8_t *device = static_cast<uint8_t *>(emulate::allocate(used));
         std::memcpy(device, host.data(), used);
         for (const krul_device_batch &batch : batches) {
             status = status == KRUL_STATUS_OK
-                         ? krul_cuda_decode(nullptr, &batch, device, &damage, err)
+                         ? krul_cuda_decode(nullptr, &batch, device, damage.data(), err)
                          : status;
         }
-        std::free(device);
+        CHECK(cudaDeviceSynchronize() == cudaSuccess);
+        emulate::release(device);
         return status;
     }
 };
@@ -307,7 +308,7 @@ check_blocks(const std::vector<coded> &blocks, krul_dtype dtype, unsigned order)
     emulate::order = order;
     CHECK(all.decode(&err) == KRUL_STATUS_OK);
     emulate::order = 0;
-    CHECK(all.damage == 0);
+    CHECK(all.damage[0] == 0);
     CHECK(all.batches.size() >= 1);
     for (job &one : jobs) {
         for (int i = 0; i < 2; i++) {
@@ -347,7 +348,7 @@ test_every_codec()
                                             shape, order % 2 == 0));
                 }
             }
-            check_blocks(blocks, dtype, order % 3);
+            check_blocks(blocks, dtype, order % 4);
             order++;
         }
     }
@@ -401,7 +402,7 @@ judge(const coded &block, const std::vector<uint8_t> &payload, bool *is_outside_
     krul_error err = {};
     verdict out;
     out.status = one.decode(&err);
-    out.is_damage_seen = one.damage != 0;
+    out.is_damage_seen = one.damage[0] != 0;
     for (int i = 0; i < 2; i++) {
         for (size_t j = 0; j < memory[i].bytes.size(); j++) {
             bool is_inside = views[i].data != nullptr && j >= memory[i].begin &&
@@ -527,14 +528,18 @@ test_no_blocks()
 
 } // namespace
 
+/* "quick": without what takes a sanitizer of GPUs too long. */
 int
-main()
+main(int argc, char **argv)
 {
+    bool is_quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
     test_no_blocks();
     test_every_codec();
     test_long_rows();
     test_exact_chunks();
-    test_damage();
+    if (!is_quick) {
+        test_damage();
+    }
     test_unsound_parameters();
     test_words_left();
     return check_finish();

@@ -4,7 +4,7 @@
  * head_dim + 2 roundings of the sum of their sizes. An exponential is then off by as much relative to
  * itself, twice because of the divisor, and by the roundings of its argument and of the divisor's sum.
  * What is added up from rows is off by the sum of that. */
-#include "emulate_mma.h"
+#include "emulate.h"
 
 #include "check.h"
 #include "device_estimator.h"
@@ -231,15 +231,16 @@ observe(fixture &made, int n_key_blocks, int n_splits, result *out)
                                               : group.n_key_blocks;
         group.n_splits = n_splits > 0 ? std::min(n_splits, group.n_splits) : group.n_splits;
     }
-    uint8_t *image = static_cast<uint8_t *>(std::aligned_alloc(256, plan.image_bytes));
-    uint8_t *workspace = static_cast<uint8_t *>(std::aligned_alloc(256, plan.workspace_bytes));
+    uint8_t *image = static_cast<uint8_t *>(emulate::allocate(plan.image_bytes, 256));
+    uint8_t *workspace = static_cast<uint8_t *>(emulate::allocate(plan.workspace_bytes, 256));
     std::memset(workspace, 0xff, plan.workspace_bytes);
     krul_device_observe_fill(&plan, layers.data(), made.positions.data(), made.is_real.data(),
                              image);
     CHECK(krul_cuda_estimator_observe(&plan, image, workspace, &sums, nullptr, &err) ==
           KRUL_STATUS_OK);
-    std::free(image);
-    std::free(workspace);
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+    emulate::release(image);
+    emulate::release(workspace);
 }
 
 /* ---- the reference ----------------------------------------------------------------------------- */

@@ -1,7 +1,8 @@
-/* test_cuda_predict.cpp - codec predict on an emulated GPU against the CPU's and a float64 reference.
+/* test_cuda_predict.cpp - codec predict on a GPU or an emulated one against the CPU's and a float64 reference.
  *
  * Numbers of the column streams must be those that the CPU decodes; K and V must be within the bound of
- * check_predict.h. Products come from stubs beside this program. */
+ * check_predict.h. Products come from stubs beside this program; on a GPU those of the device come
+ * from cuBLAS. */
 #include "emulate.h"
 
 #include <dlfcn.h>
@@ -11,9 +12,8 @@
 
 namespace {
 
-krul_cublas_table stub;
+krul_cublas_table products;
 void (*stub_fail_after)(int n_calls);
-int (*stub_n_products)();
 int (*stub_n_handles)();
 
 /* ---- the device -------------------------------------------------------------------------------- */
@@ -21,14 +21,13 @@ int (*stub_n_handles)();
 template <typename T> struct aligned {
     T *data;
 
-    explicit aligned(size_t n_bytes)
-        : data(static_cast<T *>(std::aligned_alloc(256, (n_bytes + 255) / 256 * 256)))
+    explicit aligned(size_t n_bytes) : data(static_cast<T *>(emulate::allocate(n_bytes, 256)))
     {
         std::memset(static_cast<void *>(data), 0xff, n_bytes); /* NaN */
     }
     ~aligned()
     {
-        std::free(data);
+        emulate::release(data);
     }
     aligned(const aligned &) = delete;
     aligned &operator=(const aligned &) = delete;
@@ -43,7 +42,7 @@ new_profile(const krul_predict_options &options)
     krul_device_copy copy;
     CHECK(krul_device_profile_new(&options, &made, &err) == KRUL_STATUS_OK);
     size_t n_bytes = (static_cast<size_t>(made->n_bytes) + 255) / 256 * 256;
-    made->memory = static_cast<uint8_t *>(std::aligned_alloc(256, n_bytes));
+    made->memory = static_cast<uint8_t *>(emulate::allocate(n_bytes, 256));
     std::memset(made->memory, 0xff, n_bytes);
     for (int32_t i = 0; krul_device_profile_copy(made, &options, i, &copy); i++) {
         if (copy.n_bytes > 0) {
@@ -61,7 +60,7 @@ struct machine {
     krul_cublas *cublas = nullptr;
     uint8_t *memory = nullptr;
     std::vector<tensor> decoded;
-    uint32_t damage = 0;
+    std::vector<uint32_t> damage = {0}; /* one, where kernels can write */
     int n_batches = 0;
     int32_t bad_block = -1; /* of the last call */
 
@@ -73,12 +72,13 @@ struct machine {
         CHECK(krul_device_chains_new(profile, &made.options, runs, N_RUNS, &chains, &err) ==
               KRUL_STATUS_OK);
         size_t n_bytes = krul_device_chains_bytes(chains);
-        memory = static_cast<uint8_t *>(std::aligned_alloc(256, (n_bytes + 255) / 256 * 256));
+        memory = static_cast<uint8_t *>(emulate::allocate(n_bytes, 256));
         std::memset(memory, 0xff, n_bytes);
         for (int32_t i = 0; krul_device_chains_copy(chains, i, &copy); i++) {
             std::memcpy(memory + copy.to, copy.from, copy.n_bytes);
         }
-        CHECK(krul_cublas_new(&stub, nullptr, nullptr, 0, math, &cublas, &err) == KRUL_STATUS_OK);
+        CHECK(krul_cublas_new(&products, nullptr, nullptr, 0, math, &cublas, &err) ==
+              KRUL_STATUS_OK);
         for (int i = 0; i < 2 * N_LAYERS; i++) {
             decoded.emplace_back(made.of, N_TOKENS);
         }
@@ -87,9 +87,9 @@ struct machine {
     {
         krul_cublas_free(cublas);
         krul_device_chains_free(chains);
-        std::free(profile->memory);
+        emulate::release(profile->memory);
         krul_device_profile_free(profile);
-        std::free(memory);
+        emulate::release(memory);
     }
     machine(const machine &) = delete;
     machine &operator=(const machine &) = delete;
@@ -116,7 +116,7 @@ struct machine {
         int32_t n_blocks = static_cast<int32_t>(blocks.size());
         size_t capacity = used + krul_device_predict_bound(blocks.data(), n_blocks);
         capacity = (capacity + 15) / 16 * 16;
-        uint8_t *chunk = static_cast<uint8_t *>(std::aligned_alloc(16, capacity));
+        uint8_t *chunk = static_cast<uint8_t *>(emulate::allocate(capacity));
         std::memset(chunk, 0xff, capacity);
         for (const krul_device_block &block : blocks) {
             int layer = std::min(block.entry->layer_lower, N_LAYERS - 1), run = 0;
@@ -141,15 +141,17 @@ struct machine {
             size_t n_bytes = krul_device_predict_scratch(chains, &batches[i]);
             aligned<uint8_t> scratch(n_bytes);
             status = krul_cuda_predict_numbers(chains, &batches[i], nullptr, chunk, scratch.data,
-                                               &damage, err);
-            CHECK(status == KRUL_STATUS_OK);
+                                               damage.data(), err);
+            CHECK(status == KRUL_STATUS_OK && cudaDeviceSynchronize() == cudaSuccess);
             check_numbers(batches[i], chunk, reinterpret_cast<const float *>(scratch.data),
                           payload == nullptr);
             status = krul_cuda_predict_rows(chains, &batches[i], cublas, chunk, memory,
                                             scratch.data, err);
+            CHECK(cudaDeviceSynchronize() == cudaSuccess); /* before scratch goes */
             n_batches++;
         }
-        std::free(chunk);
+        CHECK(cudaDeviceSynchronize() == cudaSuccess);
+        emulate::release(chunk);
         return status;
     }
 
@@ -211,7 +213,7 @@ test_geometries()
             }
         }
         CHECK(whole.decode(all, &err) == KRUL_STATUS_OK);
-        CHECK(whole.damage == 0);
+        CHECK(whole.damage[0] == 0);
         CHECK(whole.n_batches == 4); /* one product and one launch for all runs of a layer */
         double part = 0, host_part = 0;
         for (int run = 0; run < N_RUNS; run++) {
@@ -233,7 +235,7 @@ test_geometries()
             }
         }
         emulate::order = 0;
-        CHECK(apart.damage == 0);
+        CHECK(apart.damage[0] == 0);
         for (int i = 0; i < 2 * N_LAYERS; i++) {
             CHECK(of.has_two_steps || whole.decoded[i].bytes == apart.decoded[i].bytes);
         }
@@ -341,9 +343,9 @@ test_damage()
         block.entry = &entry;
         krul_status status = device.decode({block}, &err, &exact);
         CHECK(status == KRUL_STATUS_OK || status == KRUL_STATUS_CORRUPT);
-        CHECK((wanted == KRUL_STATUS_OK) == (status == KRUL_STATUS_OK && device.damage == 0));
+        CHECK((wanted == KRUL_STATUS_OK) == (status == KRUL_STATUS_OK && device.damage[0] == 0));
         n_by_host += status != KRUL_STATUS_OK;
-        n_by_kernel += status == KRUL_STATUS_OK && device.damage != 0;
+        n_by_kernel += status == KRUL_STATUS_OK && device.damage[0] != 0;
         n_sound += wanted == KRUL_STATUS_OK;
         CHECK(status == KRUL_STATUS_OK || (device.bad_block == 0 && err.message[0] != '\0'));
         krul_predict_free(predict);
@@ -511,12 +513,12 @@ test_cublas()
 
     krul_cublas *cublas = nullptr;
     aligned<uint8_t> workspace(512);
-    CHECK(krul_cublas_new(&stub, nullptr, nullptr, 0, static_cast<krul_cublas_math>(3), &cublas,
+    CHECK(krul_cublas_new(&products, nullptr, nullptr, 0, static_cast<krul_cublas_math>(3), &cublas,
                           &err) == KRUL_STATUS_BAD_VALUE);
     int n_handles = stub_n_handles();
     for (int i = 0; i < 3; i++) { /* create, stream, workspace */
         stub_fail_after(i);
-        CHECK(krul_cublas_new(&stub, nullptr, workspace.data, 512, KRUL_CUBLAS_FLOAT32, &cublas,
+        CHECK(krul_cublas_new(&products, nullptr, workspace.data, 512, KRUL_CUBLAS_FLOAT32, &cublas,
                               &err) == KRUL_STATUS_DEVICE);
         CHECK(cublas == nullptr && err.code != 0 && stub_n_handles() == n_handles);
     }
@@ -524,7 +526,7 @@ test_cublas()
                       "libstub_cublas.so: cublasSetWorkspace failed: CUBLAS_STATUS_INVALID_VALUE "
                       "(7)") != nullptr);
     stub_fail_after(-1);
-    CHECK(krul_cublas_new(&stub, nullptr, workspace.data, 512, KRUL_CUBLAS_FLOAT32, &cublas,
+    CHECK(krul_cublas_new(&products, nullptr, workspace.data, 512, KRUL_CUBLAS_FLOAT32, &cublas,
                           &err) == KRUL_STATUS_OK);
     const float a[] = {1, 2, 3, 4, 5, 6}, b[] = {7, 8, 9}; /* 2 x 3 and 3 x 1, by columns */
     float c[] = {1, 1};
@@ -553,35 +555,59 @@ test_cublas()
     }
 }
 
+#ifdef KRUL_ON_GPU
+
+/* The library that a program finds; its numbers and its faults are no stub's. */
+void
+open_cublas(krul_error *err)
+{
+    const krul_cublas_table *found = nullptr;
+    CHECK(krul_cublas_find(&found, err) == KRUL_STATUS_OK);
+    if (found != nullptr) {
+        products = *found;
+    }
+}
+
+#else
+
+void
+open_cublas(krul_error *err)
+{
+    std::string path = beside("libstub_cublas.so");
+    const char *name = path.c_str();
+    CHECK(krul_cublas_open(&name, 1, &products, err) == KRUL_STATUS_OK);
+    std::snprintf(products.library, sizeof products.library, "libstub_cublas.so");
+    void *library = dlopen(name, RTLD_NOW);
+    void *found[] = {dlsym(library, "stub_cublas_fail_after"),
+                     dlsym(library, "stub_cublas_n_handles")};
+    std::memcpy(&stub_fail_after, &found[0], sizeof found[0]);
+    std::memcpy(&stub_n_handles, &found[1], sizeof found[1]);
+}
+
+#endif
+
 } // namespace
 
 int
 main()
 {
     krul_error err = {};
-    std::string path = beside("libstub_cblas.so"), cublas_path = beside("libstub_cublas.so");
-    const char *name = cublas_path.c_str();
+    std::string path = beside("libstub_cblas.so");
     best = check_best_backend();
     CHECK(krul_blas_open(path.c_str(), &blas, &err) == KRUL_STATUS_OK);
-    CHECK(krul_cublas_open(&name, 1, &stub, &err) == KRUL_STATUS_OK);
-    if (blas == nullptr || stub.gemm == nullptr) {
+    open_cublas(&err);
+    if (blas == nullptr || products.gemm == nullptr) {
         std::fprintf(stderr, "%s\n", err.message);
         return check_finish();
     }
-    std::snprintf(stub.library, sizeof stub.library, "libstub_cublas.so");
-    void *library = dlopen(name, RTLD_NOW);
-    void *found[] = {dlsym(library, "stub_cublas_fail_after"),
-                     dlsym(library, "stub_cublas_n_products"),
-                     dlsym(library, "stub_cublas_n_handles")};
-    std::memcpy(&stub_fail_after, &found[0], sizeof found[0]);
-    std::memcpy(&stub_n_products, &found[1], sizeof found[1]);
-    std::memcpy(&stub_n_handles, &found[2], sizeof found[2]);
     test_geometries();
     test_math();
     test_parts();
     test_damage();
     test_arguments();
-    test_cublas();
+    if (stub_fail_after != nullptr) {
+        test_cublas();
+    }
     krul_blas_close(blas);
     return check_finish();
 }

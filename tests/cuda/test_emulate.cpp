@@ -123,6 +123,54 @@ test_threads()
     emulate::order = 0;
 }
 
+/* Each warp reads what its neighbour wrote; without the second barrier one that is ahead may have
+ * written again. Threads that take turns at warp operations never are. */
+template <bool has_barrier>
+__global__ void
+neighbour_kernel(int *out)
+{
+    KRUL_SHARED(int, shared);
+    unsigned warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    for (int i = 0; i < 3; i++) {
+        int value = __shfl_sync(0xffffffffu, i, 0);
+        if (threadIdx.x % 32 == 0) {
+            shared[warp] = value;
+        }
+        __syncthreads();
+        out[3 * threadIdx.x + (unsigned)i] = shared[(warp + 1) % n_warps];
+        if (has_barrier) {
+            __syncthreads();
+        }
+    }
+}
+
+bool
+are_neighbours_seen(void (*kernel)(int *), unsigned order)
+{
+    int seen[3 * 128];
+    emulate::order = order;
+    KRUL_LAUNCH(kernel, 1, 128, 4 * sizeof(int), nullptr, seen);
+    emulate::order = 0;
+    for (int i = 0; i < 3 * 128; i++) {
+        if (seen[i] != i % 3) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void
+test_running_ahead()
+{
+    for (unsigned order : {3u, 5u, 7u}) {
+        CHECK(are_neighbours_seen(neighbour_kernel<true>, order));
+        CHECK(!are_neighbours_seen(neighbour_kernel<false>, order));
+    }
+    for (unsigned order = 0; order < 3; order++) {
+        CHECK(are_neighbours_seen(neighbour_kernel<true>, order));
+    }
+}
+
 /* A missing barrier is seen, as numbers that are wrong in some order. */
 void
 test_race_is_seen()
@@ -272,6 +320,7 @@ main()
 {
     test_threads();
     test_race_is_seen();
+    test_running_ahead();
     test_misuse_ends_the_program();
     test_launches_are_checked();
     test_widening();
