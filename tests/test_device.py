@@ -98,6 +98,21 @@ def saved(store, model, ids, settings):
         return out, report, on_cpu(cache)
 
 
+def save_beside(store, model):
+    """Save while the model goes on; what was saved is what was there when the save began."""
+    ids = models.token_ids(1, 300).to(elsewhere.device())
+    with store.open("chat", model, settings=krul.Settings(codec="exact")) as cache:
+        out = converse(model, cache, ids)
+        future = cache.save(wait=False)
+        n_saved = cache.n_tokens
+        held = [(k[:, :, :n_saved], v[:, :, :n_saved]) for k, v in on_cpu(cache)]
+        converse(model, cache, torch.cat([out, ids[:, :30]], dim=1))
+        assert future.result().n_tokens == n_saved
+    with store.open("chat", model) as cache:
+        cache.restore()
+        assert_same(on_cpu(cache), held)
+
+
 def assert_same(left, right):
     for pair, other in zip(left, right, strict=True):
         assert torch.equal(pair[0], other[0])
@@ -271,18 +286,7 @@ def test_nothing_goes_over_in_one_piece(store, llama):
 
 
 def test_a_save_goes_on_beside_the_model(store, llama):
-    model = move(llama, elsewhere.device())
-    ids = models.token_ids(1, 300).to(elsewhere.device())
-    with store.open("chat", model, settings=krul.Settings(codec="exact")) as cache:
-        out = converse(model, cache, ids)
-        future = cache.save(wait=False)
-        n_saved = cache.n_tokens
-        held = [(k[:, :, :n_saved], v[:, :, :n_saved]) for k, v in on_cpu(cache)]
-        converse(model, cache, torch.cat([out, ids[:, :30]], dim=1))
-        assert future.result().n_tokens == n_saved
-    with store.open("chat", model) as cache:
-        cache.restore()
-        assert_same(on_cpu(cache), held)
+    save_beside(store, move(llama, elsewhere.device()))
 
 
 def test_the_estimator_sees_the_same(store, tmp_path, llama):

@@ -9,30 +9,28 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import fake
-from test_device import assert_same, eager, move, on_cpu, spread
+from test_device import assert_same, eager, move, on_cpu, save_beside, spread
 from test_restore import anything, converse, paths
 
 import krul
 from krul import _core
 
-if elsewhere.why_not():
-    pytest.skip(elsewhere.why_not(), allow_module_level=True)
+pytestmark = pytest.mark.double
 
 N_HISTORY = 150
 LEFT = "were left to the CPU"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def there():
+def there(needs):
+    needs(elsewhere.why_not())
     with elsewhere.installed():
         yield
 
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch):
-    reason = fake_cuda.install(monkeypatch)
-    if reason:
-        pytest.skip(reason)
+    assert fake_cuda.install(monkeypatch) == ""
 
 
 @pytest.fixture(scope="module")
@@ -161,20 +159,8 @@ def test_a_device_that_fails_at_any_call(tmp_path, llama):
 
 
 def test_a_save_beside_the_model(tmp_path, llama):
-    model = move(llama, elsewhere.device())
-    ids = models.token_ids(1, 300).to(elsewhere.device())
-    settings = krul.Settings(codec="exact")
     with krul.Store(tmp_path / "store") as store:
-        with store.open("chat", model, settings=settings) as cache:
-            out = converse(model, cache, ids)
-            future = cache.save(wait=False)
-            n_saved = cache.n_tokens
-            held = [(k[:, :, :n_saved], v[:, :, :n_saved]) for k, v in on_cpu(cache)]
-            converse(model, cache, torch.cat([out, ids[:, :30]], dim=1))
-            assert future.result().n_tokens == n_saved
-        with store.open("chat", model) as cache:
-            cache.restore()
-            assert_same(on_cpu(cache), held)
+        save_beside(store, move(llama, elsewhere.device()))
     assert fake.n_encoded > 0
 
 
