@@ -194,6 +194,7 @@ const geometry geometries[] = {
      2},
     {"pairs of half a vector", 1, 16, 1, KRUL_DTYPE_BF16, KRUL_ROTARY_HALF, 0, 4, false, false, 0},
     {"not rotated", 2, 16, 1, KRUL_DTYPE_F32, KRUL_ROTARY_NONE, 0, 1, false, false, 1},
+    {"head_dim 256, half", 1, 256, 1, KRUL_DTYPE_F16, KRUL_ROTARY_HALF, 0, 128, false, false, 4},
 };
 
 /* Every layer in one call; then a layer at a time; then runs in another order, some of them late.
