@@ -47,17 +47,17 @@ class _RawEncoder:
         return getattr(_core, name)
 
     @staticmethod
-    def encode_blocks(jobs: Any, *args: Any) -> list[Any]:
+    def encode_blocks(jobs: Any, *args: Any, **options: Any) -> list[Any]:
         """Encode blocks of codec `exact` raw, and others as ever."""
         coded = [job for job in jobs if job[0] != CODECS["exact"]]
-        found = iter(_core.encode_blocks(coded, *args))
+        found = iter(_core.encode_blocks(coded, *args, **options))
         return [next(found) if job[0] != CODECS["exact"] else _raw(job[2]) for job in jobs]
 
 
 def _raw(tensors: tuple[torch.Tensor, ...]) -> tuple[bytes, int, float, float]:
     parts = []
     for tensor in tensors:
-        plain = tensor.contiguous()
+        plain = tensor.contiguous().cpu()
         header = _RAW_MODE.to_bytes(_RAW_HEADER_BYTES, "little")
         parts.append(header + plain.view(torch.uint8).numpy().tobytes())
     return b"".join(parts), CODECS["exact"], 0.0, 1.0
