@@ -273,8 +273,8 @@ ask_ahead(const krul_restore_step *step)
 {
 #ifdef POSIX_FADV_WILLNEED
     if (step->fd >= 0) {
-        (void)posix_fadvise(step->fd, (off_t)step->entry.offset,
-                            (off_t)step->entry.payload_bytes, POSIX_FADV_WILLNEED);
+        (void)posix_fadvise(step->fd, (off_t)step->entry.offset, (off_t)step->entry.payload_bytes,
+                            POSIX_FADV_WILLNEED);
     }
 #else
     (void)step;
