@@ -128,7 +128,7 @@ static double
 reserve_link(krul_restore *restore, double begin_s, double n_bytes, double bytes_per_s)
 {
     double wanted_s = bytes_per_s > 0 ? n_bytes / bytes_per_s : 0;
-    double since_s = restore->machine != NULL ? begin_s : begin_s - N_AHEAD * wanted_s;
+    double since_s = restore->machine != NULL ? begin_s : begin_s - (double)N_AHEAD * wanted_s;
     double from_s = since_s > restore->link_free_s ? since_s : restore->link_free_s;
     restore->link_free_s = from_s + (wanted_s < max_read_s ? wanted_s : max_read_s);
     return restore->link_free_s;

@@ -197,7 +197,8 @@ test_limit(void)
     CHECK(memcmp(source, target, sizeof source) == 0);
     krul_restore_trace traces[N_LAYERS];
     krul_restore_read_trace(restore, traces);
-    CHECK(traces[0].read_s - traces[0].begin_s >= 0.05);
+    CHECK(traces[0].read_s >
+          0.0499); /* from the start: a worker's lateness is no time of the store's */
     krul_restore_free(restore);
 
     options.max_bytes_per_s = 1e-3;
