@@ -211,7 +211,11 @@ def fitted_profile(
 ) -> krul.Profile:
     """Return a profile of the calibration texts, fitted the first time and kept on disk."""
     words = texts.calibration_texts()
-    path = baselines.cache_folder() / f"{n_tokens}-{texts.digest(''.join(words))}.profile"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = f"{n_tokens}-{texts.digest(''.join(words))}" + (
+        "" if dtype == "float32" else f"-{dtype}"
+    )
+    path = baselines.cache_folder() / f"{name}.profile"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         print("fitting a profile ...", file=sys.stderr)

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 import krul
 from krul.demo_model import load
 
-from . import harness, texts
+from . import bench_quality, harness, texts
 
 HISTORIES = (512, 1024, 2048, 4096, 7936)
 QUICK_HISTORIES = (512, 2048)
 N_PROMPT = 64
 N_SCORED = 128
-CODECS = ("exact", "int8", "int4", "share", "share+int8", "share+int4", "auto")
+CODECS = ("exact", "int8", "int4", "share", "share+int8", "share+int4", "predict", "auto")
 IN_MEMORY, RECOMPUTE = "never left memory", "recompute"
 
 COLUMNS = [
@@ -75,6 +75,9 @@ class Bench:
         self.is_quick = options.quick
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.profile = (
+            None if options.quick else bench_quality.fitted_profile(self.model, self.tokenizer)
+        )
 
     def first_token(self, cache: Any, n_history: int) -> int:
         """Run the new prompt as a user would and return the token that comes out."""
@@ -158,10 +161,14 @@ def _quantised(bench: Bench, tensors: dict[str, torch.Tensor], folder: Path) -> 
 def _krul_ways(bench: Bench, n_history: int, folder: Path) -> list[Way]:
     ways = []
     for codec in CODECS:
+        if codec == "predict" and bench.profile is None:
+            continue
         # Each strategy as it is named: the guard would step a coarse one up.
         as_named = krul.Settings(codec=codec, guard_tokens=64 if codec == "auto" else 0)
         where = folder / codec
         store = krul.Store(where)
+        if codec in ("predict", "auto") and bench.profile is not None:
+            store.add_profile(bench.profile)
         with store.open("history", bench.model, settings=as_named) as cache:
             bench.fill(cache, n_history)
             report = cache.save()

@@ -7,6 +7,9 @@
  * bits, of which a callee that wants 32 reads the lower half, be it from a register, from a slot of
  * the stack or, on a little-endian machine, through a pointer. Whether that holds, and whether the
  * product is right at all, is tried out before a library is used. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <dlfcn.h>
 #include <math.h>
 #include <stdlib.h>
@@ -27,6 +30,10 @@ typedef void fortran_function(const char *trans_a, const char *trans_b, const in
                               const float *a, const int64_t *lda, const float *b,
                               const int64_t *ldb, const float *beta, float *c, const int64_t *ldc,
                               size_t trans_a_length, size_t trans_b_length);
+
+typedef void bf16_function(int order, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k,
+                           float alpha, const uint16_t *a, int64_t lda, const uint16_t *b,
+                           int64_t ldb, float beta, float *c, int64_t ldc);
 
 /* Sets the calling thread's own count and returns what it was, 0 for none. OpenBLAS has a function
  * that is named alike, but as built for NumPy it changes the count of the whole process, NumPy's
@@ -57,6 +64,7 @@ struct krul_blas {
     const spelling *spelled;
     cblas_function *cblas; /* one of these two, as spelled->is_cblas says */
     fortran_function *fortran;
+    bf16_function *bf16; /* NULL: there is none, or it is not worth calling */
     set_threads_function *set_threads; /* NULL: there is none */
 };
 
@@ -82,6 +90,20 @@ multiply(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n
     }
 }
 
+static void
+multiply_bf16(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k,
+              float alpha, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb,
+              float beta, float *c, int64_t ldc)
+{
+    int n_threads = blas->set_threads != NULL ? blas->set_threads(1) : 0;
+    blas->bf16(CBLAS_ROW_MAJOR, trans_a ? CBLAS_TRANS : CBLAS_NO_TRANS,
+               trans_b ? CBLAS_TRANS : CBLAS_NO_TRANS, m, n, k, alpha, a, lda, b, ldb, beta, c,
+               ldc);
+    if (blas->set_threads != NULL) {
+        (void)blas->set_threads(n_threads);
+    }
+}
+
 /* ---- the trial ---- */
 
 /* Sizes of which no two are alike in one product, so that mixed-up arguments show. */
@@ -95,20 +117,31 @@ typedef struct trial_matrices {
     float b[TRIAL_FLOATS];
     float c[TRIAL_FLOATS];
     float expected[TRIAL_FLOATS];
+    uint16_t a_bf16[TRIAL_FLOATS];
+    uint16_t b_bf16[TRIAL_FLOATS];
 } trial_matrices;
 
-/* Whole numbers from -8 to 8: no sum of a trial's products needs more bits than float32 has, so
- * that every order of additions gives the same. */
+/* Whole numbers from -8 to 8: bfloat16 has them all, and no sum of a trial's products needs more bits
+ * than float32 has, so that every order of additions gives the same. */
 static float
 trial_value(int index, int seed)
 {
     return (float)((index * 7 + index / 5 * 3 + seed) % 17 - 8);
 }
 
+/* Exact for numbers of few bits: the upper half. */
+static uint16_t
+upper_half(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
 /* One product against plain loops, to the last bit, and nothing written beside C. */
 static bool
 try_product(const krul_blas *blas, trial_matrices *trial, const int sizes[3],
-            const float factors[2], bool trans_a, bool trans_b)
+            const float factors[2], bool trans_a, bool trans_b, bool is_bf16)
 {
     const int m = sizes[0], n = sizes[1], k = sizes[2];
     const int lda = (trans_a ? m : k) + 1, ldb = (trans_b ? k : n) + 2, ldc = n + 3;
@@ -116,6 +149,8 @@ try_product(const krul_blas *blas, trial_matrices *trial, const int sizes[3],
         trial->a[i] = trial_value(i, 1);
         trial->b[i] = trial_value(i, 2);
         trial->expected[i] = trial_value(i, 3);
+        trial->a_bf16[i] = upper_half(trial->a[i]);
+        trial->b_bf16[i] = upper_half(trial->b[i]);
     }
     memcpy(trial->c, trial->expected, sizeof trial->c);
     for (int row = 0; row < m; row++) {
@@ -134,8 +169,14 @@ try_product(const krul_blas *blas, trial_matrices *trial, const int sizes[3],
             }
         }
     }
-    multiply(blas, trans_a, trans_b, m, n, k, factors[0], trial->a, lda, trial->b, ldb, factors[1],
-             trial->c, ldc);
+    if (is_bf16) {
+        multiply_bf16(blas, trans_a, trans_b, m, n, k, factors[0], trial->a_bf16, lda,
+                      trial->b_bf16, ldb, factors[1], trial->c, ldc);
+    }
+    else {
+        multiply(blas, trans_a, trans_b, m, n, k, factors[0], trial->a, lda, trial->b, ldb,
+                 factors[1], trial->c, ldc);
+    }
     for (int i = 0; i < TRIAL_FLOATS; i++) {
         if (!(trial->c[i] == trial->expected[i])) { /* NaN is unequal; -0 is 0 */
             return false;
@@ -145,7 +186,7 @@ try_product(const krul_blas *blas, trial_matrices *trial, const int sizes[3],
 }
 
 static krul_status
-try_products(const krul_blas *blas, const char *path, krul_error *err)
+try_products(const krul_blas *blas, const char *path, bool is_bf16, krul_error *err)
 {
     trial_matrices *trial = malloc(sizeof *trial);
     krul_status status = KRUL_STATUS_OK;
@@ -157,7 +198,7 @@ try_products(const krul_blas *blas, const char *path, krul_error *err)
         for (size_t j = 0; j < 4 * KRUL_LENGTH(trial_factors); j++) {
             bool trans_a = (j & 1) != 0, trans_b = (j & 2) != 0;
             const float *factors = trial_factors[j / 4];
-            if (!try_product(blas, trial, trial_sizes[i], factors, trans_a, trans_b)) {
+            if (!try_product(blas, trial, trial_sizes[i], factors, trans_a, trans_b, is_bf16)) {
                 status = krul_fail(err, KRUL_STATUS_UNSUPPORTED,
                                    "%s of %.300s gives a wrong product of %d x %d x %d (trans_a "
                                    "%d, trans_b %d, alpha %g, beta %g)",
@@ -194,11 +235,31 @@ are_together(void *library, const char *left, const char *right)
            dladdr(right_address, &right_info) != 0 && left_info.dli_fbase == right_info.dli_fbase;
 }
 
-/* Find the product, and how to keep it to one thread. */
+/* Has the processor tiles that multiply bfloat16? Without them the library may well be slower than
+ * in float32. */
+static bool
+is_bf16_fast(void)
+{
+    const char *asked = getenv("KRUL_BFLOAT16");
+    if (asked != NULL && asked[0] != '\0') {
+        return strcmp(asked, "0") != 0;
+    }
+#if defined(__x86_64__)
+    enum { LEAF = 7, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) != 0 && (d & AMX_BF16) != 0 &&
+           (d & AMX_TILE) != 0;
+#else
+    return false;
+#endif
+}
+
+/* Find the products, and how to keep them to one thread. */
 static bool
 bind(krul_blas *blas)
 {
     static const char set_threads_symbol[] = "MKL_Set_Num_Threads_Local";
+    static const char bf16_symbol[] = "cblas_gemm_bf16bf16f32"; /* MKL, also inside torch */
     for (size_t i = 0; i < KRUL_LENGTH(spellings); i++) {
         const spelling *spelled = &spellings[i];
         void *function_out = spelled->is_cblas ? (void *)&blas->cblas : (void *)&blas->fortran;
@@ -206,6 +267,9 @@ bind(krul_blas *blas)
             blas->spelled = spelled;
             if (are_together(blas->library, spelled->symbol, set_threads_symbol)) {
                 (void)look_up(blas->library, set_threads_symbol, &blas->set_threads);
+            }
+            if (is_bf16_fast() && are_together(blas->library, spelled->symbol, bf16_symbol)) {
+                (void)look_up(blas->library, bf16_symbol, &blas->bf16);
             }
             return true;
         }
@@ -242,7 +306,14 @@ krul_blas_open(const char *path, krul_blas **out, krul_error *err)
                            path);
         goto done;
     }
-    KRUL_TRY(try_products(blas, path, err));
+    KRUL_TRY(try_products(blas, path, false, err));
+    if (blas->bf16 != NULL) {
+        krul_error reason;
+        krul_status tried = try_products(blas, path, true, &reason);
+        if (tried != KRUL_STATUS_OK) {
+            blas->bf16 = NULL;
+        }
+    }
     *out = blas;
     blas = NULL;
 done:
@@ -296,13 +367,12 @@ check_matrix(const char *name, int64_t n_rows, int64_t n_columns, int64_t stride
     return KRUL_STATUS_OK;
 }
 
-krul_status
-krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k,
-                float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
-                float *c, int64_t ldc, krul_error *err)
+/* Do all three? Of numbers of 4 bytes: of those of 2, as many fit all the more. */
+static krul_status
+check_product(const krul_blas *blas, int64_t most, bool trans_a, bool trans_b, int64_t m, int64_t n,
+              int64_t k, int64_t lda, int64_t ldb, int64_t ldc, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
-    int64_t most = blas->spelled->is_64_bit ? INT64_MAX : INT32_MAX;
     if (m < 0 || n < 0 || k < 0 || m > most || n > most || k > most) {
         return krul_fail(err, KRUL_STATUS_BAD_SHAPE,
                          "m is %lld, n %lld and k %lld but %s takes 0 to %lld", (long long)m,
@@ -311,8 +381,45 @@ krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, in
     KRUL_TRY(check_matrix("a", trans_a ? k : m, trans_a ? m : k, lda, most, err));
     KRUL_TRY(check_matrix("b", trans_b ? n : k, trans_b ? k : n, ldb, most, err));
     KRUL_TRY(check_matrix("c", m, n, ldc, most, err));
+done:
+    return status;
+}
+
+krul_status
+krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k,
+                float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
+                float *c, int64_t ldc, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    int64_t most = blas->spelled->is_64_bit ? INT64_MAX : INT32_MAX;
+    KRUL_TRY(check_product(blas, most, trans_a, trans_b, m, n, k, lda, ldb, ldc, err));
     if (m > 0 && n > 0) {
         multiply(blas, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    }
+done:
+    return status;
+}
+
+bool
+krul_blas_has_bf16(const krul_blas *blas)
+{
+    return blas->bf16 != NULL;
+}
+
+krul_status
+krul_blas_bf16_gemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m, int64_t n,
+                    int64_t k, float alpha, const uint16_t *a, int64_t lda, const uint16_t *b,
+                    int64_t ldb, float beta, float *c, int64_t ldc, krul_error *err)
+{
+    krul_status status = KRUL_STATUS_OK;
+    if (blas->bf16 == NULL) {
+        return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
+                         "the library of %s has no products of bfloat16 that are worth it here",
+                         blas->spelled->symbol);
+    }
+    KRUL_TRY(check_product(blas, INT32_MAX, trans_a, trans_b, m, n, k, lda, ldb, ldc, err));
+    if (m > 0 && n > 0) {
+        multiply_bf16(blas, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     }
 done:
     return status;

@@ -29,7 +29,7 @@ static const float MAX_COEFFICIENT = 8388608.0f;
 
 /* What was decoded of one layer, until its last user has read it. */
 typedef struct chain_layer {
-    float *decoded; /* n_rows x width, centred, before rotary embedding */
+    void *decoded; /* n_rows x width, centred, before rotary embedding, as products take it */
     int32_t n_users_left;
 } chain_layer;
 
@@ -43,6 +43,7 @@ typedef struct predict_chain {
 
 struct krul_predict {
     const krul_blas *blas;
+    bool is_bf16; /* products are of bfloat16, else of float32 */
     krul_entropy_table *frequencies; /* what the tables were made of */
     krul_entropy_tables *tables;
     float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
@@ -104,6 +105,15 @@ check_layer(const krul_predict_options *options, int32_t index, krul_error *err)
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d lacks an array, or has the rank %d",
                          (int)index, (int)layer->rank);
     }
+    const krul_predict_narrow *narrow = &layer->narrow;
+    bool has_narrow_maps = layer->rank > 0 ? narrow->left != NULL && narrow->right != NULL
+                                           : narrow->maps != NULL;
+    if (options->is_bf16 &&
+        (narrow->backward == NULL || (layer->forward != NULL && narrow->forward == NULL) ||
+         (layer->n_sources > 0 && !has_narrow_maps))) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d lacks a matrix in bfloat16",
+                         (int)index);
+    }
     const krul_rotary *rotary = &layer->rotary;
     int64_t n_rotated = rotary->convention == KRUL_ROTARY_NONE ? 0 : 2 * (int64_t)rotary->n_pairs;
     if (rotary->convention < KRUL_ROTARY_NONE || rotary->convention > KRUL_ROTARY_INTERLEAVED ||
@@ -129,6 +139,10 @@ krul_predict_check_options(const krul_predict_options *options, krul_error *err)
                          "n_layers is %d, n_batch %lld, token_start %lld and n_tokens %lld",
                          (int)options->n_layers, (long long)options->n_batch,
                          (long long)options->token_start, (long long)options->n_tokens);
+    }
+    if (options->is_bf16 && (options->blas == NULL || !krul_blas_has_bf16(options->blas))) {
+        return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
+                         "products of bfloat16 are asked for but the library has none");
     }
     if (options->unit_table < 0 || options->unit_table >= options->n_tables) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "unit_table is %d but there are %d tables",
@@ -241,6 +255,7 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         }
     }
     made->blas = options->blas;
+    made->is_bf16 = options->is_bf16;
     made->unit_table = options->unit_table;
     made->n_layers = options->n_layers;
     made->n_batch = options->n_batch;
@@ -294,6 +309,7 @@ krul_predict_options_of(const krul_predict *predict)
 {
     krul_predict_options options = {
         .blas = predict->blas,
+        .is_bf16 = predict->is_bf16,
         .tables = predict->frequencies,
         .n_tables = predict->n_tables,
         .unit_table = predict->unit_table,
@@ -355,15 +371,60 @@ new_floats(int64_t rows, int64_t columns, krul_error *err)
     return made;
 }
 
+/* ---- products ---- */
+
+/* Values as products take them: themselves, or rounded, in memory that *narrow_out then owns. NULL with
+ * an error. */
+static const void *
+operand_of(const krul_backend *backend, const krul_predict *predict, const float *values,
+           int64_t rows, int64_t columns, uint16_t **narrow_out, krul_error *err)
+{
+    if (!predict->is_bf16) {
+        return values;
+    }
+    int64_t n_values = rows * columns;
+    uint16_t *narrow = malloc((size_t)n_values * sizeof *narrow + 1);
+    if (narrow == NULL) {
+        (void)krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
+                        (long long)rows, (long long)columns);
+        return NULL;
+    }
+    backend->narrow(KRUL_DTYPE_BF16, values, n_values, narrow);
+    *narrow_out = narrow;
+    return narrow;
+}
+
+/* The block of rows of a matrix that begins with number `first`, in the form that products take. */
+static const void *
+matrix_of(const krul_predict *predict, const float *wide, const uint16_t *narrow, int64_t first)
+{
+    return predict->is_bf16 ? (const void *)(narrow + first) : (const void *)(wide + first);
+}
+
+/* krul_blas_sgemm with operands as `operand_of` and `matrix_of` give them, rows without gaps. */
+static krul_status
+multiply(const krul_predict *predict, bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k,
+         float alpha, const void *a, const void *b, float beta, float *c, krul_error *err)
+{
+    int64_t lda = trans_a ? m : k, ldb = trans_b ? k : n;
+    if (predict->is_bf16) {
+        return krul_blas_bf16_gemm(predict->blas, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb,
+                                   beta, c, n, err);
+    }
+    return krul_blas_sgemm(predict->blas, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c,
+                           n, err);
+}
+
 /* The prediction of a layer from what was decoded of its sources, zeros where it has none. */
 static krul_status
-predict_rows(const krul_predict *predict, const predict_chain *chain, int32_t index, float *out,
-             krul_error *err)
+predict_rows(const krul_backend *backend, const krul_predict *predict, const predict_chain *chain,
+             int32_t index, float *out, krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     const krul_predict_layer *layer = &predict->layers[index];
     int64_t width = width_of(layer), n_rows = chain->n_rows;
     float *product = NULL;
+    uint16_t *narrow = NULL;
     if (layer->n_sources == 0) {
         memset(out, 0, (size_t)n_rows * (size_t)width * sizeof *out);
         return KRUL_STATUS_OK;
@@ -375,34 +436,61 @@ predict_rows(const krul_predict *predict, const predict_chain *chain, int32_t in
                              (int)index, (long long)chain->token_start, (int)layer->sources[i]);
         }
     }
-    if (layer->rank > 0) {
+    bool is_low = layer->rank > 0;
+    if (is_low) {
         product = new_floats(n_rows, layer->rank, err);
         if (product == NULL) {
             return KRUL_STATUS_NO_MEMORY;
         }
     }
     for (int32_t i = 0; i < layer->n_sources; i++) {
-        const float *source = chain->layers[layer->sources[i]].decoded;
-        int64_t n_columns = layer->rank > 0 ? layer->rank : width;
-        const float *map = (layer->rank > 0 ? layer->left : layer->maps) + i * width * n_columns;
-        KRUL_TRY(krul_blas_sgemm(predict->blas, false, false, n_rows, n_columns, width, 1.0f,
-                                 source, width, map, n_columns, i > 0 ? 1.0f : 0.0f,
-                                 product != NULL ? product : out, n_columns, err));
+        int64_t n_columns = is_low ? layer->rank : width;
+        const void *map = matrix_of(predict, is_low ? layer->left : layer->maps,
+                                    is_low ? layer->narrow.left : layer->narrow.maps,
+                                    i * width * n_columns);
+        KRUL_TRY(multiply(predict, false, false, n_rows, n_columns, width, 1.0f,
+                          chain->layers[layer->sources[i]].decoded, map, i > 0 ? 1.0f : 0.0f,
+                          is_low ? product : out, err));
     }
-    if (product != NULL) {
-        KRUL_TRY(krul_blas_sgemm(predict->blas, false, false, n_rows, width, layer->rank, 1.0f,
-                                 product, layer->rank, layer->right, width, 0.0f, out, width, err));
+    if (is_low) {
+        const void *left = operand_of(backend, predict, product, n_rows, layer->rank, &narrow, err);
+        if (left == NULL) {
+            status = KRUL_STATUS_NO_MEMORY;
+            goto done;
+        }
+        const void *right = matrix_of(predict, layer->right, layer->narrow.right, 0);
+        KRUL_TRY(multiply(predict, false, false, n_rows, width, layer->rank, 1.0f, left, right,
+                          0.0f, out, err));
     }
 done:
+    free(narrow);
     free(product);
     return status;
 }
 
-/* A layer's rows are known: keep them while they have users, and let its sources go. */
-static void
-settle(krul_predict *predict, predict_chain *chain, int32_t index, float *decoded)
+/* A layer's rows are known: keep them while they have users, and let its sources go. What `decoded`
+ * points to is taken over, or freed by the caller where this fails. */
+static krul_status
+settle(const krul_backend *backend, krul_predict *predict, predict_chain *chain, int32_t index,
+       float **decoded, krul_error *err)
 {
     const krul_predict_layer *layer = &predict->layers[index];
+    chain_layer *own = &chain->layers[index];
+    uint16_t *narrow = NULL;
+    void *kept = NULL;
+    if (predict->n_users[index] > 0) {
+        if (operand_of(backend, predict, *decoded, chain->n_rows, width_of(layer), &narrow, err) ==
+            NULL) {
+            return KRUL_STATUS_NO_MEMORY;
+        }
+        if (narrow != NULL) {
+            kept = narrow;
+        }
+        else {
+            kept = *decoded;
+            *decoded = NULL;
+        }
+    }
     for (int32_t i = 0; i < layer->n_sources; i++) {
         chain_layer *source = &chain->layers[layer->sources[i]];
         if (--source->n_users_left == 0) {
@@ -410,14 +498,10 @@ settle(krul_predict *predict, predict_chain *chain, int32_t index, float *decode
             source->decoded = NULL;
         }
     }
-    chain_layer *own = &chain->layers[index];
     free(own->decoded);
-    own->decoded = decoded;
+    own->decoded = kept;
     own->n_users_left = predict->n_users[index];
-    if (own->n_users_left == 0) {
-        free(own->decoded);
-        own->decoded = NULL;
-    }
+    return KRUL_STATUS_OK;
 }
 
 /* ---- between views and rows -------------------------------------------------------------------- */
@@ -991,6 +1075,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     predict_coding coding = {0};
     predict_chain *chain = NULL;
     float *exact = NULL, *decoded = NULL, *residual = NULL;
+    uint16_t *narrow = NULL, *narrow_coefficients = NULL;
     size_t bound, stream_bytes;
     int64_t n_tokens = views[0].shape[2];
     KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, false, err));
@@ -1021,21 +1106,33 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
         goto done;
     }
     load_rows(backend, predict, layer, token_start, views, exact);
-    KRUL_TRY(predict_rows(predict, chain, index, decoded, err));
+    KRUL_TRY(predict_rows(backend, predict, chain, index, decoded, err));
     if (layer->n_sources > 0) {
         for (int64_t i = 0; i < n_rows * width; i++) {
             residual[i] = exact[i] - decoded[i];
         }
     }
-    KRUL_TRY(krul_blas_sgemm(predict->blas, true, true, width, n_rows, width, 1.0f, layer->forward,
-                             width, layer->n_sources > 0 ? residual : exact, width, 0.0f,
-                             coding.coefficients, n_rows, err));
+    const void *wanted = operand_of(backend, predict, layer->n_sources > 0 ? residual : exact,
+                                    n_rows, width, &narrow, err);
+    if (wanted == NULL) {
+        status = KRUL_STATUS_NO_MEMORY;
+        goto done;
+    }
+    KRUL_TRY(multiply(predict, true, true, width, n_rows, width, 1.0f,
+                      matrix_of(predict, layer->forward, layer->narrow.forward, 0), wanted, 0.0f,
+                      coding.coefficients, err));
     double error[2] = {0, 0};
     bool fits = quantise(&coding, step);
     if (fits) {
-        KRUL_TRY(krul_blas_sgemm(predict->blas, true, false, n_rows, width, width, step,
-                                 coding.coefficients, n_rows, layer->backward, width, 1.0f, decoded,
-                                 width, err));
+        const void *coefficients = operand_of(backend, predict, coding.coefficients, width, n_rows,
+                                              &narrow_coefficients, err);
+        if (coefficients == NULL) {
+            status = KRUL_STATUS_NO_MEMORY;
+            goto done;
+        }
+        KRUL_TRY(multiply(predict, true, false, n_rows, width, width, step, coefficients,
+                          matrix_of(predict, layer->backward, layer->narrow.backward, 0), 1.0f,
+                          decoded, err));
         const float limits[2] = {
             largest_decoded(views[0].dtype) /
                 largest_turn(predict, &layer->rotary, token_start, n_tokens),
@@ -1052,8 +1149,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
         KRUL_TRY(krul_entropy_encode_columns(
             predict->tables, coding.values, width, n_rows, coding.classes, coding.shifts,
             payload_out + side_bytes, capacity_bytes - side_bytes, &stream_bytes, err));
-        settle(predict, chain, index, decoded);
-        decoded = NULL;
+        KRUL_TRY(settle(backend, predict, chain, index, &decoded, err));
         *n_bytes_out = side_bytes + stream_bytes;
     }
     *fits_out = fits;
@@ -1064,6 +1160,8 @@ done:
         pthread_mutex_unlock(&chain->lock);
     }
     free_coding(&coding);
+    free(narrow);
+    free(narrow_coefficients);
     free(exact);
     free(decoded);
     free(residual);
@@ -1142,6 +1240,7 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     predict_coding coding = {0};
     predict_chain *chain = NULL;
     float *decoded = NULL;
+    uint16_t *narrow = NULL;
     float step = 0;
     size_t side_bytes = 0;
     KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, true, err));
@@ -1161,24 +1260,30 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     KRUL_TRY(krul_entropy_decode_columns(backend, predict->tables, payload + side_bytes,
                                          payload_bytes - side_bytes, width, n_rows, coding.classes,
                                          coding.shifts, coding.coefficients, err));
-    KRUL_TRY(predict_rows(predict, chain, index, decoded, err));
+    KRUL_TRY(predict_rows(backend, predict, chain, index, decoded, err));
     int64_t n_used = width; /* components behind the last that occurs are zeros */
     while (n_used > 0 && coding.classes[n_used - 1] == KRUL_ENTROPY_NO_SYMBOLS) {
         n_used--;
     }
     if (n_used > 0) {
-        KRUL_TRY(krul_blas_sgemm(predict->blas, true, false, n_rows, width, n_used, step,
-                                 coding.coefficients, n_rows, layer->backward, width, 1.0f, decoded,
-                                 width, err));
+        const void *coefficients = operand_of(backend, predict, coding.coefficients, n_used, n_rows,
+                                              &narrow, err);
+        if (coefficients == NULL) {
+            status = KRUL_STATUS_NO_MEMORY;
+            goto done;
+        }
+        KRUL_TRY(multiply(predict, true, false, n_rows, width, n_used, step, coefficients,
+                          matrix_of(predict, layer->backward, layer->narrow.backward, 0), 1.0f,
+                          decoded, err));
     }
     KRUL_TRY(store_rows(backend, predict, layer, token_start, decoded, views, err));
-    settle(predict, chain, index, decoded);
-    decoded = NULL;
+    KRUL_TRY(settle(backend, predict, chain, index, &decoded, err));
 done:
     if (chain != NULL) {
         pthread_mutex_unlock(&chain->lock);
     }
     free_coding(&coding);
+    free(narrow);
     free(decoded);
     return status;
 }

@@ -211,6 +211,17 @@ krul_status krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, i
                             int64_t ldb, float beta, float *c, int64_t ldc,
                             krul_error *err) KRUL_MUST_CHECK;
 
+/* Does the library multiply bfloat16, right, and is that worth it here: has the processor tiles for
+ * it? KRUL_BFLOAT16 in the environment, 0 or 1, answers the second question instead; for tests. */
+bool krul_blas_has_bf16(const krul_blas *blas);
+
+/* The same of bfloat16, summed up in float32, which on a processor with tiles for it takes a third
+ * of the time or less. KRUL_STATUS_UNSUPPORTED where krul_blas_has_bf16 says no. */
+krul_status krul_blas_bf16_gemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m,
+                                int64_t n, int64_t k, float alpha, const uint16_t *a, int64_t lda,
+                                const uint16_t *b, int64_t ldb, float beta, float *c, int64_t ldc,
+                                krul_error *err) KRUL_MUST_CHECK;
+
 /* ---- estimator ------------------------------------------------------------------------------- */
 /* How alike do two layers attend, and to what? Krul section 4.1, token-wise heterogeneous: rows of
  * prompt tokens and of generated tokens are weighted apart and added. Positions count tokens of the
@@ -431,6 +442,15 @@ typedef struct krul_rotary {
     const float *sin;
 } krul_rotary;
 
+/* The matrices of a layer rounded to bfloat16, NULL where those in float32 are NULL. */
+typedef struct krul_predict_narrow {
+    const uint16_t *forward;
+    const uint16_t *backward;
+    const uint16_t *maps;
+    const uint16_t *left;
+    const uint16_t *right;
+} krul_predict_narrow;
+
 /* What a profile says of a layer; width is 2 n_heads head_dim: K of all heads before rotary
  * embedding, then V. Matrices are row-major and multiplied from the right. */
 typedef struct krul_predict_layer {
@@ -447,11 +467,15 @@ typedef struct krul_predict_layer {
     const float *left; /* n_sources width x rank */
     const float *right; /* rank x width */
     krul_rotary rotary;
+    krul_predict_narrow narrow;
 } krul_predict_layer;
 
 /* All arrays but `tables` and `layers` themselves are borrowed until krul_predict_free. */
 typedef struct krul_predict_options {
     const krul_blas *blas;
+    /* Products are of bfloat16: of what each layer has in `narrow`, and of rows rounded to it. For K
+     * and V that are themselves no finer. */
+    bool is_bf16;
     const krul_entropy_table *tables;
     int32_t n_tables;
     int32_t unit_table; /* for a standard deviation of one step; three tables to an octave */

@@ -4,6 +4,7 @@
 ``_Buffer`` is contiguous bytes. Every call that works releases the GIL.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, TypeAlias, final
 
@@ -22,8 +23,9 @@ _PlanCosts: TypeAlias = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], fl
 def backends() -> list[tuple[str, bool, bool]]: ...
 def device_register(table: Any, /) -> None: ...
 def n_processors() -> int: ...
+def samples(places: _Buffer | array[int], /) -> bytes: ...
 def blas_open(path: str, /) -> Any: ...
-def blas_about(blas: Any, /) -> tuple[str, bool]: ...
+def blas_about(blas: Any, /) -> tuple[str, bool, bool]: ...
 def blas_sgemm(
     blas: Any,
     a: _Array,
@@ -136,6 +138,7 @@ class Predict:
         token_start: int,
         n_tokens: int,
         digest: bytes = ...,
+        narrow: Sequence[Sequence[npt.NDArray[np.uint16] | None] | None] | None = None,
     ) -> Predict: ...
     def encode(
         self,

@@ -47,6 +47,9 @@ class Library:
     is_single_threaded : bool
         Whether a product stays in the thread that asks for it; else the library uses as many
         threads as it does for everybody.
+    has_bf16 : bool
+        Whether it multiplies bfloat16, and the processor has tiles for that (AMX), so that it takes
+        a third of the time. ``KRUL_BFLOAT16``, 0 or 1, answers for the processor.
     handle : object
         What the functions of the C module take.
     """
@@ -54,6 +57,7 @@ class Library:
     path: str
     symbol: str
     is_single_threaded: bool
+    has_bf16: bool
     handle: Any
 
 
@@ -173,6 +177,7 @@ def about() -> dict[str, Any]:
         "chosen": None if library is None else _short(library.path),
         "symbol": None if library is None else library.symbol,
         "is_single_threaded": None if library is None else library.is_single_threaded,
+        "has_bf16": None if library is None else library.has_bf16,
         "unusable": {
             _short(path): reason.replace(path, _short(path)) for path, reason in refused.items()
         },
@@ -194,9 +199,9 @@ def sgemm(
     Parameters
     ----------
     a : array
-        float32, m x k, or k x m with `trans_a`: NumPy or torch, rows contiguous.
+        float32, m x k, or k x m with `trans_a`: NumPy or torch, rows contiguous. Or bfloat16.
     b : array
-        float32, k x n, or n x k with `trans_b`.
+        Of the same dtype, k x n, or n x k with `trans_b`.
     out : array, optional
         float32, m x n, written to; a new NumPy array by default. Must not overlap `a` or `b`.
     trans_a, trans_b : bool
@@ -214,11 +219,11 @@ def sgemm(
     krul.ShapeError
         Shapes or strides do not fit.
     krul.DTypeError
-        An array is not float32.
+        An array is not float32, `a` and `b` also not bfloat16 both.
     ValueError
         ``KRUL_BLAS`` names a library that does not serve, or `beta` is not 0 without `out`.
     NotImplementedError
-        There is no library.
+        There is no library, or it does not multiply bfloat16; see `Library.has_bf16`.
 
     Examples
     --------

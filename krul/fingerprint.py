@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import weakref
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import _core
 from .errors import MismatchError, UnsupportedModelError
 from .model import (
     SLIDING,
@@ -159,28 +161,27 @@ def fingerprint_of(inner: torch.nn.Module, parts: dict[str, str], key: str) -> F
 
 # ----------------------------------------------------------------------------------- the exact part
 @functools.lru_cache(maxsize=4096)
-def _step(n_elements: int, row_length: int) -> int:
-    """Return a stride for 64 samples that visits every column of a matrix alike.
+def _places(n_elements: int, row_length: int) -> tuple[int, int]:
+    """Return a stride for samples that visits every column of a matrix alike, and their number.
 
     A multiple of the row length would look at one column alone.
     """
     step = max(1, n_elements // _N_SAMPLES)
-    while math.gcd(step, row_length) != 1:
+    while n_elements and math.gcd(step, row_length) != 1:
         step -= 1
-    return step
+    return step, min(_N_SAMPLES, n_elements)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return at most 64 numbers of `tensor`, [n_samples]."""
-    n_elements = tensor.numel()
-    step = _step(n_elements, tensor.shape[-1] if tensor.dim() else 1) if n_elements else 1
-    n_samples = min(_N_SAMPLES, n_elements)
+    step, n_samples = _places(tensor.numel(), tensor.shape[-1] if tensor.dim() else 1)
     if tensor.is_contiguous():
         return tensor.as_strided((n_samples,), (step,), tensor.storage_offset())
     where = torch.arange(n_samples, device=tensor.device) * step
     return torch.take(tensor, where)
 
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 # What the libraries that quantise hang on a tensor.
 _SCALES = ("absmax", "SCB", "quant_state")
 
@@ -188,16 +189,14 @@ _SCALES = ("absmax", "SCB", "quant_state")
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether it has no scales, told without asking it for what it does not have, which is slow."""
     attributes = tensor.__dict__  # transformers marks those that it has initialised
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (
+    return type(tensor) in _PLAIN_TYPES and not (
         attributes and any(name in attributes for name in _SCALES)
     )
 
 
 def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that `tensor` is made of: quantised weights carry their scales along."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(
-        tensor, "__tensor_flatten__"
-    ):
+    if type(tensor) not in _PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):
         for inner in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
         return
@@ -433,12 +432,32 @@ def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
     return parts, key.hexdigest()
 
 
+def _is_here(tensor: torch.Tensor) -> bool:
+    """Whether its numbers are in this memory one after the other; most are.
+
+    Those can be read without torch, which takes ten times as long. A storage may have been emptied.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
 def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
     """Return the samples of each tensor, moved to the CPU once per device and dtype."""
     out: list[bytes] = [b""] * len(tensors)
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+    places, here = array("q"), []
     with torch.no_grad():
         for index, tensor in enumerate(tensors):
+            if _is_here(tensor):
+                shape, n_bytes = tensor.shape, tensor.itemsize
+                step, n_samples = _places(tensor.numel(), shape[-1] if shape else 1)
+                places.extend((tensor.data_ptr(), step * n_bytes, n_samples, n_bytes))
+                here.append((index, n_samples * n_bytes))
+                continue
             batch = batches.setdefault((tensor.device, tensor.dtype), ([], []))
             batch[0].append(index)
             batch[1].append(_sample(tensor))
@@ -449,6 +468,10 @@ def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
                 end = start + one.shape[0] * dtype.itemsize
                 out[index] = numbers[start:end]
                 start = end
+        found, start = _core.samples(places), 0
+    for index, n_bytes in here:
+        out[index] = found[start : start + n_bytes]
+        start += n_bytes
     return out
 
 

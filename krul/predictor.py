@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 
 from . import _core, blas
 from .profile import TABLE_SCALES, Profile
+from .rotary import Rotary
 
 __all__ = ["UNIT_TABLE", "make_predictor"]
 
@@ -51,20 +53,31 @@ def make_predictor(
         There is no library for matrix products; see `krul.blas.find`.
     """
     library = blas.find()
+    # bfloat16 has room for no more than its own products lose.
+    is_narrow = library.has_bf16 and profile.fingerprint.parts.get("dtype") == "bfloat16"
     places = np.asarray(positions, np.int64)
     n_tokens = places.shape[-1]
+    are_usual = places.ndim == 1 and bool((places == np.arange(n_tokens)).all())
     tables: dict[tuple[bytes, float], tuple[np.ndarray, np.ndarray]] = {}  # mostly one for all
     layers: list[tuple[Any, ...] | None] = []
+    narrow: list[tuple[np.ndarray | None, ...] | None] = []
     for layer in profile.layers:
         if layer is None:
             layers.append(None)
+            narrow.append(None)
             continue
+        if is_narrow:
+            narrow.append((layer.narrow_forward if is_encoding else None, *layer.narrow))
         rotary = layer.rotary
         cos = sin = None
         if rotary.convention != "none":
             key = (rotary.frequencies.tobytes(), rotary.scaling)
             if key not in tables:
-                tables[key] = rotary.tables(places.reshape(-1))
+                tables[key] = (
+                    _usual_tables(rotary, n_tokens)
+                    if are_usual
+                    else rotary.tables(places.reshape(-1))
+                )
             cos, sin = tables[key]
         is_low = layer.left is not None
         layers.append(
@@ -96,4 +109,26 @@ def make_predictor(
         token_start,
         n_tokens,
         bytes.fromhex(profile.digest),
+        narrow if is_narrow else None,
     )
+
+
+# Cosine and sine of the positions from 0 on, by what makes them: the next conversation of the model
+# needs the same, and making them takes longer than all else here.
+_made: dict[tuple[bytes, float], tuple[np.ndarray, np.ndarray]] = {}
+_MOST_MADE = 4
+_lock = threading.Lock()
+
+
+def _usual_tables(rotary: Rotary, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `rotary.tables(range(n_tokens))` does, made once for a while."""
+    key = (rotary.frequencies.tobytes(), rotary.scaling)
+    with _lock:
+        made = _made.pop(key, None)
+        if made is None or len(made[0]) < n_tokens:
+            made = rotary.tables(np.arange(n_tokens + n_tokens // 4))  # conversations grow
+        if len(_made) == _MOST_MADE:
+            del _made[next(iter(_made))]
+        _made[key] = made  # the last, as the one that was wanted last
+    cos, sin = made
+    return cos[:n_tokens], sin[:n_tokens]

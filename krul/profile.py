@@ -115,10 +115,28 @@ class LayerProfile:
         """See the class."""
         return self._make_forward()
 
+    @functools.cached_property
+    def narrow_forward(self) -> np.ndarray:
+        """`forward` in bfloat16, its bits as uint16."""
+        return _bf16(self.forward)
+
+    @functools.cached_property
+    def narrow(self) -> tuple[np.ndarray | None, ...]:
+        """`backward`, `maps`, `left` and `right` in bfloat16, their bits as uint16."""
+        maps = None if self.left is not None or not self.sources else self.maps
+        wide = (self.backward, maps, self.left, self.right)
+        return tuple(None if each is None else _bf16(each) for each in wide)
+
     @property
     def width(self) -> int:
         """Numbers per token."""
         return len(self.mean)
+
+
+def _bf16(array: np.ndarray) -> np.ndarray:
+    """Return the bits of finite numbers rounded to bfloat16, halves to even."""
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 class _Layers(Sequence["LayerProfile | None"]):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from array import array
 
 import models
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 import transformers
 
+from krul import _core
 from krul import fingerprint as prints
 from krul import model as ask
 from krul import probe as probing
@@ -327,9 +329,57 @@ def test_one_changed_layer_is_named(llama):
     assert "layers.1" not in words
 
 
+def _read_by_torch(tensor):
+    return prints._sample(tensor).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.complex128])
+def test_samples_are_those_of_torch(dtype):
+    numbers = torch.arange(7 * 130 * 3).reshape(7, 130, 3)
+    tensors = [
+        numbers.to(dtype),
+        numbers.to(dtype)[1],
+        numbers.to(dtype).transpose(0, 1),  # not contiguous
+        numbers.to(dtype)[:, ::2],
+        torch.nn.Parameter(numbers[0, 0].to(dtype), requires_grad=False),
+        torch.tensor(3).to(dtype),
+        torch.zeros(0, 3, dtype=dtype),
+        numbers.to(dtype)[3:],  # not the first of its storage
+    ]
+    found = prints._gather(tensors)
+    assert found == [_read_by_torch(tensor) for tensor in tensors]
+    assert [len(each) for each in found[4:7]] == [3 * dtype.itemsize, dtype.itemsize, 0]
+
+
+def test_a_tensor_whose_storage_was_emptied_is_an_error_and_no_crash():
+    tensor = torch.ones(64, 64)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        prints._gather([torch.ones(3), tensor])
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [1, 2, 3],  # no whole place
+        [0, 4, 1, 4],  # nowhere
+        [64, -4, 1, 4],
+        [64, 4, -1, 4],
+        [64, 4, 1, 0],
+        [64, 4, 1, 17],
+        [64, 2**62, 4, 4],
+        [64, 0, 2**61, 8, 64, 0, 2**61, 8],
+    ],
+)
+def test_samples_from_places_that_cannot_be(places):
+    with pytest.raises(ValueError, match=f"places has {8 * len(places)} bytes, but must be"):
+        _core.samples(array("q", places))
+
+
 def test_samples_visit_every_column():
     rows, columns = 256, 64
-    step = prints._step(rows * columns, columns)
+    step, n_samples = prints._places(rows * columns, columns)
+    assert n_samples == 64
     assert {index * step % columns for index in range(64)} == set(range(columns))
 
 

@@ -121,7 +121,22 @@ def made_arrays(profile, dtype="float32", n_batch=1, n_tokens=40, token_start=0,
     return out
 
 
-def predictor(profile, n_batch=1, n_tokens=40, token_start=0, library=None, is_encoding=True):
+def bf16(array):
+    """Return the bits of a float32 array rounded to bfloat16."""
+    if array is None:
+        return None
+    return torch.from_numpy(array).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def predictor(
+    profile,
+    n_batch=1,
+    n_tokens=40,
+    token_start=0,
+    library=None,
+    is_encoding=True,
+    is_narrow=False,
+):
     """Hand the profile to krul."""
     library = library if library is not None else blas.find().handle
     layers = [
@@ -147,21 +162,35 @@ def predictor(profile, n_batch=1, n_tokens=40, token_start=0, library=None, is_e
         )
         for layer in profile.layers
     ]
+    narrow = [
+        None
+        if layer is None
+        else tuple(map(bf16, (layer.forward, layer.backward, layer.maps, layer.left, layer.right)))
+        for layer in profile.layers
+    ]
     return _core.Predict(
-        library, profile.tables, profile.unit_table, layers, n_batch, token_start, n_tokens
+        library,
+        profile.tables,
+        profile.unit_table,
+        layers,
+        n_batch,
+        token_start,
+        n_tokens,
+        narrow=narrow if is_narrow else None,
     )
 
 
-def encode(profile, arrays, step=STEP, start=0):
+def encode(profile, arrays, step=STEP, start=0, **options):
     """Encode one chain; by layer (payload, error, power), or None where it does not fit."""
     first = next(iter(arrays.values()))[0]
     n_batch, _, n_tokens, _ = first.shape
     chain = [(layer, start, *both) for layer, both in arrays.items()]
-    found = predictor(profile, n_batch, start + n_tokens).encode([chain], step, 1)[0]
+    made = predictor(profile, n_batch, start + n_tokens, **options)
+    found = made.encode([chain], step, 1)[0]
     return None if found is None else dict(zip(arrays, found, strict=True))
 
 
-def decode(profile, payloads, like, start=0, backend=None, wanted=None):
+def decode(profile, payloads, like, start=0, backend=None, wanted=None, **options):
     """Decode one chain between rows that must stay as they are."""
     first = next(iter(like.values()))[0]
     n_batch, _, n_tokens, _ = first.shape
@@ -180,7 +209,7 @@ def decode(profile, payloads, like, start=0, backend=None, wanted=None):
             out[layer] = tuple(views)
         chain.append((layer, start, n_tokens, payload, *views))
         out[layer, "wide"] = wide
-    made = predictor(profile, n_batch, start + n_tokens, is_encoding=False)
+    made = predictor(profile, n_batch, start + n_tokens, is_encoding=False, **options)
     made.decode([chain], 1, backend)
     for layer in payloads:
         for each in out.pop((layer, "wide")):
@@ -191,12 +220,14 @@ def decode(profile, payloads, like, start=0, backend=None, wanted=None):
 # ---- error model ---------------------------------------------------------------------------------
 
 
-def bounds(profile, payloads, n_rows):
+def bounds(profile, payloads, n_rows, is_narrow=False):
     """Return float64 rows by layer, and how far rows computed in float32 may lie from them.
 
     A product of float32 with k terms is off by at most (k + 4) units of the sum of the terms'
     sizes, in whatever order they are added; what a source is off is carried through the map.
+    Rounding both factors to bfloat16 adds two of its units for each product on the way.
     """
+    rounded = 2.1 * UNIT["bfloat16"] if is_narrow else 0.0
     unit = 2 * UNIT["float32"]
     rows, off = {}, {}
     for index, payload in payloads.items():
@@ -215,14 +246,16 @@ def bounds(profile, payloads, n_rows):
         n_terms = layer.width * (len(layer.sources) + 1) + 8
         if layer.left is not None:
             n_terms += layer.left.shape[1]
+        rounded_maps = rounded * (1 if layer.left is None else 2)
         off[index] = carried + n_terms * unit * (own + sized) + unit * np.abs(rows[index])
+        off[index] += rounded * own + rounded_maps * sized
     return rows, off
 
 
-def assert_decoded(profile, payloads, found, token_start=0, dtype="float32"):
+def assert_decoded(profile, payloads, found, token_start=0, dtype="float32", is_narrow=False):
     """Compare with the reference what a chain decodes to, by float32's rounding and the dtype's."""
     n_batch, _, n_tokens, _ = next(iter(found.values()))[0].shape
-    rows, off = bounds(profile, payloads, n_batch * n_tokens)
+    rows, off = bounds(profile, payloads, n_batch * n_tokens, is_narrow)
     unit = UNIT["float32"]
     for index, (keys, values) in found.items():
         layer = profile.layers[index]
@@ -773,6 +806,123 @@ def encode_errors(profile, arrays, payloads, index):
     exact = reference.to_rows(layer, keys.double().numpy(), values.double().numpy())
     rows, _ = bounds(profile, payloads, len(exact))
     return ((exact - rows[index]) ** 2).sum(), ((exact + layer.mean) ** 2).sum()
+
+
+# ---- products of bfloat16 ------------------------------------------------------------------------
+
+
+def narrow_library():
+    """Open the first library that multiplies bfloat16, fast here or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KRUL_BFLOAT16", "1")
+        opened = [_core.blas_open(path) for path in LIBRARIES.values()]
+    return next((each for each in opened if _core.blas_about(each)[2]), None)
+
+
+NARROW = narrow_library()
+needs_bf16 = pytest.mark.skipif(NARROW is None, reason="no library here multiplies bfloat16")
+
+
+@needs_bf16
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_chain_of_bfloat16_products(dtype, rank, n_batch):
+    """What was coded with them decodes with them as promised, and without them to the same."""
+    sources = ((), (0,), (1, 0), (2, 1))
+    profile = made_profile(sources=sources, n_tokens=65, n_batch=n_batch, rank=rank)
+    arrays = made_arrays(profile, dtype, n_batch, 65)
+    options = {"library": NARROW, "is_narrow": True}
+    coded = encode(profile, arrays, **options)
+    payloads = {index: payload for index, (payload, _, _) in coded.items()}
+    found = decode(profile, payloads, arrays, **options)
+    assert_decoded(profile, payloads, found, dtype=dtype, is_narrow=True)
+    assert_decoded(profile, payloads, decode(profile, payloads, arrays), dtype=dtype)
+    # And what float32 has coded.
+    wide = {index: payload for index, (payload, _, _) in encode(profile, arrays).items()}
+    assert wide != payloads
+    found_wide = decode(profile, wide, arrays, **options)
+    assert_decoded(profile, wide, found_wide, dtype=dtype, is_narrow=True)
+    decoded = {}
+    for index, both in arrays.items():
+        layer = profile.layers[index]
+        exact = reference.to_rows(layer, *(each.double().numpy() for each in both))
+        decoded[index] = reference.to_rows(layer, *(x.double().numpy() for x in found[index]))
+        if dtype == "float32":
+            assert coded[index][1] == pytest.approx(((exact - decoded[index]) ** 2).sum(), rel=1e-3)
+        # The numbers are those of the residual that such a decoder sees.
+        block = reference.read(profile, layer, payloads[index], len(exact))
+        assert reference.write(profile, layer, block) == payloads[index]
+        wanted = reference.coefficients(profile, index, exact, decoded, block.step)
+        size = np.abs(exact) + np.abs(reference.predicted(layer, decoded))
+        if layer.sources:
+            near = reference.predicted(
+                replace_sizes(layer), {k: abs(v) for k, v in decoded.items()}
+            )
+            size = size + near
+        margin = 6 * UNIT["bfloat16"] * (size @ np.abs(layer.forward)).T / block.step
+        margin += 1e-2 if dtype == "float32" else 0.3  # what `found` was rounded to
+        assert (np.abs(block.values - wanted) <= 0.5 + margin).all()
+
+
+def replace_sizes(layer):
+    """Return a layer with the sizes of its maps' numbers."""
+    return replace(
+        layer,
+        **{
+            name: None if getattr(layer, name) is None else np.abs(getattr(layer, name))
+            for name in ("maps", "left", "right")
+        },
+    )
+
+
+@needs_bf16
+def test_one_bfloat16_product_is_float64s():
+    random = np.random.default_rng(0)
+    a, b = (torch.from_numpy(random.standard_normal((70, 70))).bfloat16() for _ in range(2))
+    out = torch.full((33, 70), 7.0)
+    _core.blas_sgemm(NARROW, a[:33], b, out, trans_b=True, alpha=0.5, beta=2.0)
+    left, right = a[:33].double(), b.double().T
+    size = 0.5 * (left.abs() @ right.abs()) + 14
+    assert bool(((out - (0.5 * (left @ right) + 14)).abs() <= 75 * 2.0**-23 * size).all())
+    with pytest.raises(krul.DTypeError, match="b is float32 but must be bfloat16"):
+        _core.blas_sgemm(NARROW, a[:33], b.float(), out, trans_b=True)
+
+
+@needs_bf16
+def test_bfloat16_products_need_all_matrices_and_a_library(monkeypatch):
+    monkeypatch.setenv("KRUL_BFLOAT16", "0")
+    without = _core.blas_open(next(iter(LIBRARIES.values())))
+    profile = made_profile()
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        predictor(profile, library=without, is_narrow=True)
+    a = torch.zeros(2, 2, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        _core.blas_sgemm(without, a, a, torch.zeros(2, 2))
+    whole = predictor(profile, library=NARROW, is_narrow=True)
+    assert whole is not None
+
+    def narrow(change):
+        monkeypatch.setattr(_core, "Predict", change(_core.Predict))
+        try:
+            predictor(profile, library=NARROW, is_narrow=True)
+        finally:
+            monkeypatch.undo()
+
+    def giving(edit):
+        return lambda make: lambda *args, narrow: make(*args, narrow=edit(narrow))
+
+    wrong = {
+        "layer 1 lacks a matrix in bfloat16": lambda n: [n[0], (*n[1][:2], None, None, None), n[2]],
+        "narrow has 2 layers but must have 3": lambda n: n[:2],
+        "narrow has 4 matrices for layer 0": lambda n: [n[0][:4], *n[1:]],
+        "narrow maps of layer 1 has": lambda n: [n[0], (*n[1][:2], n[1][2][1:], None, None), n[2]],
+    }
+    for message, edit in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            narrow(giving(edit))
+    with pytest.raises(TypeError, match="narrow backward of layer 0 is of format 'f'"):
+        narrow(giving(lambda n: [(n[0][0], profile.layers[0].backward, *n[0][2:]), *n[1:]]))
 
 
 # ---- arguments -----------------------------------------------------------------------------------

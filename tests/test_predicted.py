@@ -90,6 +90,55 @@ def test_a_conversation_comes_back(tmp_path, device, profile, dtype):
         assert store.verify() == []
 
 
+def test_products_of_bfloat16_are_a_matter_of_each_process(tmp_path, monkeypatch):
+    """Written with one kind of product, read and continued with the other, and back."""
+    model = models.tiny("llama").to(torch.bfloat16)
+    narrow = []
+    make = krul.predictor._core.Predict
+
+    def note(*args):
+        narrow.append(args[8] is not None)
+        return make(*args)
+
+    monkeypatch.setattr(krul.predictor._core, "Predict", note)
+
+    def choose(wanted):
+        monkeypatch.setenv("KRUL_BFLOAT16", wanted)
+        monkeypatch.setattr(blas, "_found", None)
+        return blas.find().has_bf16
+
+    if not choose("1"):
+        pytest.skip("no library here multiplies bfloat16")
+    choose("0")
+    ids = history(N_HISTORY + 300)
+    restored = {}
+    with krul.Store(tmp_path / "store") as store:
+        store.add_profile(fit(model, tokenizer, made_texts(), **OPTIONS))
+        saved(store, model, ids[:, :N_HISTORY])
+        assert narrow
+        assert not any(narrow)
+        for wanted in "10":
+            choose(wanted)
+            narrow.clear()
+            with store.open("chat", model) as cache:
+                cache.restore()
+                restored[wanted] = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+            assert set(narrow) == {wanted == "1"}
+        for one, two in zip(restored["0"], restored["1"], strict=True):
+            for left, right in zip(one, two, strict=True):
+                assert float((left - right).float().norm() / left.float().norm()) < 0.02
+        choose("1")
+        exact, report = saved(store, model, ids[:, N_HISTORY:])
+        assert set(report.codec_by_layer) == {"predict"}
+        for wanted in "10":
+            choose(wanted)
+            with store.open("chat", model) as cache:
+                assert cache.n_tokens == N_HISTORY + 300
+                assert closeness(cache, exact) < 0.5
+        assert store.verify() == []
+    monkeypatch.setattr(blas, "_found", None)
+
+
 def test_what_is_stored(store, llama, profile):
     saved(store, llama, history())
     found = entries_of(store)

@@ -47,21 +47,24 @@ blas_open(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(blas_about_doc,
              "blas_about($module, blas, /)\n--\n\n"
-             "(name of its product, does a product stay in its thread).");
+             "(name of its product, does a product stay in its thread, are products of\n"
+                             "bfloat16 worth it here).");
 
 static PyObject *
 blas_about(PyObject *Py_UNUSED(module), PyObject *capsule)
 {
     const krul_blas *blas = py_krul_blas(capsule);
     return blas == NULL ? NULL
-                        : Py_BuildValue("(sN)", krul_blas_symbol(blas),
-                                        PyBool_FromLong(krul_blas_is_single_threaded(blas)));
+                        : Py_BuildValue("(sNN)", krul_blas_symbol(blas),
+                                        PyBool_FromLong(krul_blas_is_single_threaded(blas)),
+                                        PyBool_FromLong(krul_blas_has_bf16(blas)));
 }
 
-/* A matrix of float32 on the CPU, and how far its rows are apart. */
+/* A matrix of a dtype on the CPU, and how far its rows are apart; with no dtype, of float32 or
+ * bfloat16. */
 static int
 borrow_matrix(py_krul_state *state, PyObject *object, const char *name, bool is_output,
-              py_krul_borrowed *out, int64_t *stride_out)
+              krul_dtype dtype, py_krul_borrowed *out, int64_t *stride_out)
 {
     krul_error err;
     if (py_krul_borrow(state, object, name, is_output, out) != 0) {
@@ -73,9 +76,13 @@ borrow_matrix(py_krul_state *state, PyObject *object, const char *name, bool is_
         status = krul_fail(&err, KRUL_STATUS_BAD_SHAPE, "%s has %d dimensions but must have 2",
                            name, out->n_dims);
     }
-    else if (view->dtype != KRUL_DTYPE_F32) {
-        status = krul_fail(&err, KRUL_STATUS_BAD_DTYPE, "%s is %s but must be float32", name,
-                           krul_dtype_name(view->dtype));
+    else if (dtype == 0 && view->dtype == KRUL_DTYPE_F16) {
+        status = krul_fail(&err, KRUL_STATUS_BAD_DTYPE,
+                           "%s is float16 but must be float32 or bfloat16", name);
+    }
+    else if (dtype != 0 && view->dtype != dtype) {
+        status = krul_fail(&err, KRUL_STATUS_BAD_DTYPE, "%s is %s but must be %s", name,
+                           krul_dtype_name(view->dtype), krul_dtype_name(dtype));
     }
     else if (view->device_type != KRUL_DEVICE_CPU) {
         status = krul_fail(&err, KRUL_STATUS_DEVICE, "%s is not in the memory of the CPU", name);
@@ -94,8 +101,9 @@ borrow_matrix(py_krul_state *state, PyObject *object, const char *name, bool is_
 PyDoc_STRVAR(blas_sgemm_doc,
              "blas_sgemm($module, blas, a, b, out, trans_a=False, trans_b=False, alpha=1.0,\n"
              "           beta=0.0)\n--\n\n"
-             "out = alpha op(a) op(b) + beta out, of float32 matrices whose rows are contiguous.\n\n"
-             "Raises krul.ShapeError, krul.DTypeError. The GIL is released.");
+             "out = alpha op(a) op(b) + beta out, of matrices whose rows are contiguous: float32,\n"
+             "or bfloat16 into float32.\n\n"
+             "Raises krul.ShapeError, krul.DTypeError, NotImplementedError. The GIL is released.");
 
 static PyObject *
 blas_sgemm(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -114,9 +122,9 @@ blas_sgemm(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     const krul_blas *blas = py_krul_blas(capsule);
-    if (blas == NULL || borrow_matrix(state, a_in, "a", false, &a, &lda) != 0 ||
-        borrow_matrix(state, b_in, "b", false, &b, &ldb) != 0 ||
-        borrow_matrix(state, out_in, "out", true, &out, &ldc) != 0) {
+    if (blas == NULL || borrow_matrix(state, a_in, "a", false, 0, &a, &lda) != 0 ||
+        borrow_matrix(state, b_in, "b", false, a.view.dtype, &b, &ldb) != 0 ||
+        borrow_matrix(state, out_in, "out", true, KRUL_DTYPE_F32, &out, &ldc) != 0) {
         goto done;
     }
     int64_t m = a.view.shape[trans_a ? 3 : 2], k = a.view.shape[trans_a ? 2 : 3];
@@ -136,8 +144,13 @@ blas_sgemm(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     if (status == KRUL_STATUS_OK) {
         Py_BEGIN_ALLOW_THREADS
-        status = krul_blas_sgemm(blas, trans_a != 0, trans_b != 0, m, n, k, alpha, a.view.data, lda,
-                                 b.view.data, ldb, beta, out.view.data, ldc, &err);
+        status = a.view.dtype == KRUL_DTYPE_BF16
+                     ? krul_blas_bf16_gemm(blas, trans_a != 0, trans_b != 0, m, n, k, alpha,
+                                           a.view.data, lda, b.view.data, ldb, beta, out.view.data,
+                                           ldc, &err)
+                     : krul_blas_sgemm(blas, trans_a != 0, trans_b != 0, m, n, k, alpha,
+                                       a.view.data, lda, b.view.data, ldb, beta, out.view.data, ldc,
+                                       &err);
         Py_END_ALLOW_THREADS
     }
     result = status == KRUL_STATUS_OK ? Py_NewRef(Py_None) : py_krul_raise(state, &err);

@@ -88,6 +88,7 @@ krul_predict *py_krul_predict(py_krul_state *state, PyObject *object);
 extern PyMethodDef py_blas_methods[];
 extern PyMethodDef py_entropy_methods[];
 extern PyMethodDef py_estimator_methods[];
+extern PyMethodDef py_fingerprint_methods[];
 extern PyMethodDef py_selector_methods[];
 extern PyMethodDef py_compressor_methods[];
 extern PyMethodDef py_store_methods[];

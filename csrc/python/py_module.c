@@ -146,9 +146,10 @@ module_exec(PyObject *module)
         py_krul_raise(state, &err);
         return -1;
     }
-    PyMethodDef *tables[] = {module_methods,          py_estimator_methods,  py_selector_methods,
-                             py_entropy_methods,      py_compressor_methods, py_store_methods,
-                             py_restore_plan_methods, py_blas_methods};
+    PyMethodDef *tables[] = {
+        module_methods,          py_estimator_methods,  py_selector_methods,
+        py_entropy_methods,      py_compressor_methods, py_store_methods,
+        py_restore_plan_methods, py_blas_methods,       py_fingerprint_methods};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         if (PyModule_AddFunctions(module, tables[i]) != 0) {
             return -1;

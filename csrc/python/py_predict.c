@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Arrays of a layer in the order in which Python gives them. */
-enum { N_LAYER_ARRAYS = 9 };
+/* Arrays of a layer in the order in which Python gives them, and of those the matrices. */
+enum { N_LAYER_ARRAYS = 9, N_MATRICES = 5 };
 
 typedef struct py_predict {
     PyObject_HEAD
@@ -25,12 +25,13 @@ is_format(const char *format, char letter)
     return format != NULL && format[0] == letter && format[1] == '\0';
 }
 
-/* Borrow a contiguous array of float32 with n_floats numbers, or any number where that is negative;
- * None gives NULL. */
+/* Borrow a contiguous array of n_numbers of a format's, or any number where that is negative; None
+ * gives NULL. */
 static int
-borrow_floats(py_predict *self, PyObject *array, const char *name, Py_ssize_t layer,
-              int64_t n_floats, const float **out)
+borrow_numbers(py_predict *self, PyObject *array, const char *name, Py_ssize_t layer,
+               int64_t n_numbers, char format, const void **out)
 {
+    size_t size = format == 'f' ? sizeof(float) : sizeof(uint16_t);
     *out = NULL;
     if (array == Py_None) {
         return 0;
@@ -40,18 +41,73 @@ borrow_floats(py_predict *self, PyObject *array, const char *name, Py_ssize_t la
         return -1;
     }
     self->n_buffers++;
-    if (!is_format(buffer->format, 'f')) {
-        PyErr_Format(PyExc_TypeError, "%s of layer %zd is of format '%s' but must be float32", name,
-                     layer, buffer->format == NULL ? "B" : buffer->format);
+    if (!is_format(buffer->format, format)) {
+        PyErr_Format(PyExc_TypeError, "%s of layer %zd is of format '%s' but must be %s", name,
+                     layer, buffer->format == NULL ? "B" : buffer->format,
+                     format == 'f' ? "float32" : "bfloat16 as uint16");
         return -1;
     }
-    if (n_floats >= 0 && buffer->len != n_floats * (int64_t)sizeof(float)) {
+    if (n_numbers >= 0 && buffer->len != n_numbers * (int64_t)size) {
         PyErr_Format(PyExc_ValueError, "%s of layer %zd has %zd numbers but must have %lld", name,
-                     layer, buffer->len / (Py_ssize_t)sizeof(float), (long long)n_floats);
+                     layer, buffer->len / (Py_ssize_t)size, (long long)n_numbers);
         return -1;
     }
     *out = buffer->buf;
     return 0;
+}
+
+static int
+borrow_floats(py_predict *self, PyObject *array, const char *name, Py_ssize_t layer,
+              int64_t n_floats, const float **out)
+{
+    const void *found;
+    int result = borrow_numbers(self, array, name, layer, n_floats, 'f', &found);
+    *out = found;
+    return result;
+}
+
+/* A layer's matrices in bfloat16: (forward, backward, maps, left, right), sizes like those in
+ * float32. */
+static int
+parse_narrow(py_predict *self, PyObject *item, Py_ssize_t index, krul_predict_layer *layer)
+{
+    static const char *names[N_MATRICES] = {"narrow forward", "narrow backward", "narrow maps",
+                                            "narrow left", "narrow right"};
+    int64_t width = (int64_t)2 * layer->n_heads * layer->head_dim;
+    int64_t n_in = layer->n_sources * width;
+    const int64_t sizes[N_MATRICES] = {width * width, width * width, n_in * width,
+                                       n_in * layer->rank, layer->rank * width};
+    const void *found[N_MATRICES];
+    if (item == Py_None) {
+        return 0;
+    }
+    PyObject *tuple = PySequence_Tuple(item);
+    if (tuple == NULL) {
+        return -1;
+    }
+    int result = -1;
+    if (PyTuple_GET_SIZE(tuple) != N_MATRICES) {
+        PyErr_Format(PyExc_ValueError, "narrow has %zd matrices for layer %zd but must have %d",
+                     PyTuple_GET_SIZE(tuple), index, (int)N_MATRICES);
+        goto done;
+    }
+    for (int i = 0; i < N_MATRICES; i++) {
+        if (borrow_numbers(self, PyTuple_GET_ITEM(tuple, i), names[i], index, sizes[i], 'H',
+                           &found[i]) != 0) {
+            goto done;
+        }
+    }
+    layer->narrow = (krul_predict_narrow){
+        .forward = found[0],
+        .backward = found[1],
+        .maps = found[2],
+        .left = found[3],
+        .right = found[4],
+    };
+    result = 0;
+done:
+    Py_DECREF(tuple);
+    return result;
 }
 
 /* One layer from (n_heads, head_dim, sources, rank, mean, deviation, forward, backward, maps, left,
@@ -193,15 +249,15 @@ static PyObject *
 predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"blas",        "tables",   "unit_table", "layers", "n_batch",
-                            "token_start", "n_tokens", "digest",     NULL};
-    PyObject *blas, *tables_in, *layers_in;
+                            "token_start", "n_tokens", "digest",     "narrow", NULL};
+    PyObject *blas, *tables_in, *layers_in, *narrow_in = Py_None;
     const char *digest = NULL;
     Py_ssize_t n_digest = 0;
     long long n_batch, token_start, n_tokens;
     int unit_table;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL|y#:Predict", names, &blas, &tables_in,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL|y#O:Predict", names, &blas, &tables_in,
                                      &unit_table, &layers_in, &n_batch, &token_start, &n_tokens,
-                                     &digest, &n_digest)) {
+                                     &digest, &n_digest, &narrow_in)) {
         return NULL;
     }
     if (digest != NULL && n_digest != KRUL_PREDICT_DIGEST_BYTES) {
@@ -222,13 +278,27 @@ predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     Py_ssize_t n_layers = PyTuple_GET_SIZE(items);
+    PyObject *narrow = NULL;
+    if (narrow_in != Py_None) {
+        narrow = PySequence_Tuple(narrow_in);
+        if (narrow == NULL || PyTuple_GET_SIZE(narrow) != n_layers) {
+            if (narrow != NULL) {
+                PyErr_Format(PyExc_ValueError, "narrow has %zd layers but must have %zd",
+                             PyTuple_GET_SIZE(narrow), n_layers);
+            }
+            Py_XDECREF(narrow);
+            Py_DECREF(items);
+            return NULL;
+        }
+    }
     krul_predict_layer *layers = PyMem_Calloc((size_t)n_layers + 1, sizeof *layers);
     krul_entropy_table *tables = NULL;
     py_predict *self = (py_predict *)type->tp_alloc(type, 0);
     bool is_good = self != NULL && layers != NULL && n_layers <= KRUL_STORE_MAX_LAYERS;
     if (is_good) {
         self->blas = Py_NewRef(blas);
-        self->buffers = PyMem_Calloc((size_t)n_layers * N_LAYER_ARRAYS + 1, sizeof *self->buffers);
+        self->buffers = PyMem_Calloc((size_t)n_layers * (N_LAYER_ARRAYS + N_MATRICES) + 1,
+                                     sizeof *self->buffers);
         is_good = self->buffers != NULL;
     }
     if (!is_good && !PyErr_Occurred()) {
@@ -236,10 +306,13 @@ predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     for (Py_ssize_t i = 0; i < n_layers && is_good; i++) {
         is_good = parse_layer(self, PyTuple_GET_ITEM(items, i), i, n_batch, n_tokens, &layers[i]) ==
-                  0;
+                      0 &&
+                  (narrow == NULL ||
+                   parse_narrow(self, PyTuple_GET_ITEM(narrow, i), i, &layers[i]) == 0);
     }
     krul_predict_options options = {
         .blas = library,
+        .is_bf16 = narrow != NULL,
         .unit_table = unit_table,
         .n_layers = (int32_t)n_layers,
         .layers = layers,
@@ -261,6 +334,7 @@ predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     PyMem_Free(tables);
     PyMem_Free(layers);
+    Py_XDECREF(narrow);
     Py_DECREF(items);
     if (!is_good) {
         Py_XDECREF(self);

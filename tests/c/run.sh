@@ -56,6 +56,8 @@ stubs=(
     "fortran_64 -DSTUB_FORTRAN=sgemm_64_ -DSTUB_INTEGER=int64_t"
     "fortran_wide -DSTUB_FORTRAN=sgemm_ -DSTUB_INTEGER=int64_t"
     "counts -DSTUB_FORTRAN=SGEMM_64 -DSTUB_INTEGER=int64_t -DSTUB_COUNTS_THREADS"
+    "bf16 -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_BF16=0"
+    "bf16_wrong -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_BF16=1"
     "ignores_beta -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_IGNORES_BETA"
     "reads_c -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_READS_C"
     "writes_beside -DSTUB_CBLAS=cblas_sgemm -DSTUB_INTEGER=int32_t -DSTUB_WRITES_BESIDE"

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 int stub_blas_most_threads(void);
 int stub_blas_n_calls(void);
@@ -106,5 +107,41 @@ STUB_FORTRAN(const char *trans_a, const char *trans_b, const STUB_INTEGER *m, co
 {
     multiply(*trans_b == 'T', *trans_a == 'T', *n, *m, *k, *alpha, b, *ldb, a, *lda, *beta, c,
              *ldc);
+}
+#endif
+
+#if defined(STUB_BF16)
+/* MKL's; STUB_BF16 is what every sum begins with: 0, or it is wrong. */
+void cblas_gemm_bf16bf16f32(int order, int trans_a, int trans_b, STUB_INTEGER m, STUB_INTEGER n,
+                            STUB_INTEGER k, float alpha, const uint16_t *a, STUB_INTEGER lda,
+                            const uint16_t *b, STUB_INTEGER ldb, float beta, float *c,
+                            STUB_INTEGER ldc);
+
+static float
+widened(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void
+cblas_gemm_bf16bf16f32(int order, int trans_a, int trans_b, STUB_INTEGER m, STUB_INTEGER n,
+                       STUB_INTEGER k, float alpha, const uint16_t *a, STUB_INTEGER lda,
+                       const uint16_t *b, STUB_INTEGER ldb, float beta, float *c, STUB_INTEGER ldc)
+{
+    (void)order;
+    for (STUB_INTEGER row = 0; row < m; row++) {
+        for (STUB_INTEGER column = 0; column < n; column++) {
+            float sum = STUB_BF16;
+            for (STUB_INTEGER i = 0; i < k; i++) {
+                sum += widened(trans_a == 112 ? a[i * lda + row] : a[row * lda + i]) *
+                       widened(trans_b == 112 ? b[column * ldb + i] : b[i * ldb + column]);
+            }
+            float *there = &c[row * ldc + column];
+            *there = alpha * sum + (beta != 0 ? beta * *there : 0);
+        }
+    }
 }
 #endif

@@ -49,6 +49,39 @@ test_serves(const char *stub, const char *symbol, bool is_single_threaded)
     krul_blas_close(blas);
 }
 
+/* Products of bfloat16: only where the library has them, they are right, and they are wanted. */
+static void
+test_bf16(const char *stub, const char *wanted, bool is_there)
+{
+    krul_error err = {0};
+    krul_blas *blas = NULL;
+    CHECK(setenv("KRUL_BFLOAT16", wanted, 1) == 0);
+    CHECK(krul_blas_open(path_of(stub), &blas, &err) == KRUL_STATUS_OK);
+    CHECK(unsetenv("KRUL_BFLOAT16") == 0);
+    if (blas == NULL) {
+        return;
+    }
+    CHECK(krul_blas_has_bf16(blas) == is_there);
+    /* (1 2) times its column (3 4): 0x3f80 is 1, 0x4000 2, 0x4040 3, 0x4080 4. */
+    const uint16_t a[] = {0x3f80, 0x4000}, b[] = {0x4040, 0x4080};
+    float c = 10;
+    krul_status status = krul_blas_bf16_gemm(blas, false, false, 1, 1, 2, 2, a, 2, b, 1, 0.5f, &c,
+                                             1, &err);
+    CHECK(status == (is_there ? KRUL_STATUS_OK : KRUL_STATUS_UNSUPPORTED));
+    CHECK(c == (is_there ? 27 : 10));
+    if (is_there) {
+        CHECK(krul_blas_bf16_gemm(blas, false, false, 1, 1, 2, 2, a, 1, b, 1, 0, &c, 1, &err) ==
+                  KRUL_STATUS_BAD_SHAPE &&
+              strstr(err.message, "lda is 1") != NULL);
+        CHECK(krul_blas_bf16_gemm(blas, false, false, 0, 1, 2, 2, NULL, 2, b, 1, 0, NULL, 1,
+                                  &err) == KRUL_STATUS_OK);
+    }
+    else {
+        CHECK(strstr(err.message, "bfloat16") != NULL);
+    }
+    krul_blas_close(blas);
+}
+
 static void
 test_refused(const char *stub, const char *words)
 {
@@ -200,6 +233,10 @@ main(void)
     /* A name that does not say so, with sizes of 64 bits, by value and by pointer. */
     test_serves("cblas_wide", "cblas_sgemm", false);
     test_serves("fortran_wide", "sgemm_", false);
+    test_bf16("bf16", "1", true);
+    test_bf16("bf16", "0", false);
+    test_bf16("bf16_wrong", "1", false);
+    test_bf16("cblas", "1", false);
     test_refused("none", "has no matrix product");
     test_refused("absent", "cannot be loaded");
     test_refused("ignores_beta", "wrong product");
