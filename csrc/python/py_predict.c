@@ -656,11 +656,13 @@ static PyMethodDef predict_methods[] = {
 
 PyDoc_STRVAR(predict_doc,
              "Predict(blas, tables, unit_table, layers, n_batch, token_start, n_tokens, "
-             "digest=...)\n--\n\n"
+             "digest=..., narrow=None)\n--\n\n"
              "A profile made ready for the tokens from token_start on. A layer is None or (n_heads,\n"
              "head_dim, sources, rank, mean, deviation, forward, backward, maps, left, right,\n"
              "convention, start, n_pairs, cos, sin). Arrays are borrowed. A digest of 32 bytes names\n"
-             "tables and layers but for cos and sin; a device keeps what it has got under it.");
+             "tables and layers but for cos and sin; a device keeps what it has got under it. With\n"
+             "narrow, (forward, backward, maps, left, right) of each layer in bfloat16 as uint16,\n"
+             "products are of bfloat16.");
 
 static PyType_Slot predict_slots[] = {
     {Py_tp_new, predict_new},
