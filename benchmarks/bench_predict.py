@@ -32,6 +32,7 @@ RUN_TOKENS = 512
 STEP = 1.0
 COLUMNS = [
     ("dtype", "dtype", ""),
+    ("products", "products of", ""),
     ("n_threads", "threads", "d"),
     ("what", "", ""),
     ("bits", "bits per number", ".2f"),
@@ -91,8 +92,9 @@ def make_tables() -> np.ndarray:
 class Conversation:
     """KV as the profile expects it, the profile made ready, and one column stream of it."""
 
-    def __init__(self, dtype: torch.dtype, n_tokens: int) -> None:
+    def __init__(self, dtype: torch.dtype, n_tokens: int, is_narrow: bool) -> None:
         self.layers, self.tables = make_profile(), make_tables()
+        self.is_narrow = is_narrow  # products are of bfloat16
         self.n_tokens = n_tokens
         self.library = blas.find()
         random = np.random.default_rng(1)
@@ -138,8 +140,19 @@ class Conversation:
              each.backward, each.maps if each.sources else None, None, None, *pairs)
             for each in self.layers
         ]  # fmt: skip
+        narrow = [
+            (bits(each.forward), bits(each.backward), bits(each.maps), None, None)
+            for each in (self.layers if self.is_narrow else ())
+        ]
         return _core.Predict(
-            self.library.handle, self.tables, UNIT_TABLE, layers, 1, 0, self.n_tokens
+            self.library.handle,
+            self.tables,
+            UNIT_TABLE,
+            layers,
+            1,
+            0,
+            self.n_tokens,
+            narrow=narrow or None,
         )
 
     def encode(self, n_threads: int) -> list[Any]:
@@ -198,9 +211,13 @@ class Conversation:
         encode_s = cpu_time(lambda: _core.entropy_encode_columns(self.values, *about), n_runs)
         row = np.random.default_rng(0).standard_normal((RUN_TOKENS, WIDTH)).astype(np.float32)
         square, into = self.layers[0].forward, np.zeros_like(row)
+        left, right = (
+            torch.from_numpy(each).to(torch.bfloat16) if self.is_narrow else each
+            for each in (row, square)
+        )
         product_s = (
             cpu_time(
-                lambda: [blas.sgemm(row, square, out=into) for _ in range(n_repeats)],
+                lambda: [blas.sgemm(left, right, out=into) for _ in range(n_repeats)],
                 n_runs,
             )
             / n_repeats
@@ -214,6 +231,11 @@ class Conversation:
         }
 
 
+def bits(array: np.ndarray) -> np.ndarray:
+    """Return a matrix in bfloat16, its bits as uint16."""
+    return torch.from_numpy(array).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
 def cpu_time(run: Callable[[], Any], n_runs: int) -> float:
     """Return the least CPU seconds of a process that a run takes."""
     seconds = []
@@ -224,9 +246,11 @@ def cpu_time(run: Callable[[], Any], n_runs: int) -> float:
     return min(seconds)
 
 
-def measure(dtype: torch.dtype, n_tokens: int, n_runs: int) -> list[dict[str, Any]]:
+def measure(
+    dtype: torch.dtype, n_tokens: int, n_runs: int, is_narrow: bool = False
+) -> list[dict[str, Any]]:
     """Time one dtype with one thread and with two."""
-    conversation = Conversation(dtype, n_tokens)
+    conversation = Conversation(dtype, n_tokens, is_narrow)
     coded = conversation.encode(1)
     harness.check(all(run is not None for run in coded), "a run does not fit")
     conversation.decode(coded, 1)
@@ -244,6 +268,7 @@ def measure(dtype: torch.dtype, n_tokens: int, n_runs: int) -> list[dict[str, An
             rows.append(
                 {
                     "dtype": str(dtype).removeprefix("torch."),
+                    "products": "bfloat16" if is_narrow else "float32",
                     "n_threads": n_threads,
                     "what": what,
                     "bits": bits,
@@ -262,13 +287,15 @@ def measure(dtype: torch.dtype, n_tokens: int, n_runs: int) -> list[dict[str, An
 
 
 def main() -> None:
-    """Measure float32 and bfloat16."""
+    """Measure float32 and bfloat16, and products of bfloat16 where the processor has them."""
     options = harness.parser(__doc__).parse_args()
     n_tokens, n_runs = (1024, 2) if options.quick else (4096, 5)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows += measure(dtype, n_tokens, n_runs)
     library = blas.find()
+    if library.has_bf16:
+        rows += measure(torch.bfloat16, n_tokens, n_runs, is_narrow=True)
     harness.finish(
         "predict",
         rows,

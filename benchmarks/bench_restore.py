@@ -5,9 +5,9 @@ its K/V as 16-bit numbers would. A way that keeps fewer bytes is given the time 
 take; one whose bytes here differ from what it stands for (float32 models store more than 16 bits)
 has its limit scaled so that it is not. All ways run on krul's own reader and threads.
 
-Then from a store without a limit, in the page cache: against a cache that never left memory, by
-turns, for prompts of several lengths. ``--only 4096:0.5,1 512:fast`` runs a part and replaces its
-rows in the results.
+Then from a store without a limit, in the page cache: against a cache that never left memory, krul's
+and transformers' own, by turns, for prompts of several lengths. ``--only 4096:0.5,1 512:fast`` runs
+a part and replaces its rows in the results.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import krul
 from krul import _core, probe
@@ -44,7 +45,8 @@ HISTORIES: dict[int, tuple[Part, ...]] = {
 }
 QUICK_HISTORIES: dict[int, tuple[Part, ...]] = {512: (1, 10, FAST)}
 N_PROMPT = 64
-FAST_PROMPTS = (64, 128, 256)
+IN_MEMORY, PLAIN = "in memory", "transformers' DynamicCache, in memory"
+FAST_PROMPTS = (16, 64, 128, 256)
 N_FAST_RUNS = 9
 # A way that takes longer is run once, a quicker one three times.
 SLOW_S = 4.0
@@ -60,6 +62,7 @@ COLUMNS = [
     ("faster_than_recompute", "x faster than recompute", ".2f"),
     ("times_bound", "x the bound", ".2f"),
     ("times_memory", "x memory", ".2f"),
+    ("times_plain", "x DynamicCache", ".2f"),
     ("plan", "plan", ""),
     ("recomputed", "recomputed", ".0%"),
     ("predicted_s", "predicted, s", ".3f"),
@@ -205,7 +208,7 @@ class Bench:
         return self.model(whole, use_cache=True, logits_to_keep=N_PROMPT).logits[0]
 
     @torch.no_grad()
-    def run(self, cache: krul.Cache, n_tokens: int) -> krul.Cache:
+    def run(self, cache: Any, n_tokens: int) -> Any:
         """Run the history over a cache that then holds it and never left memory."""
         self.model(self.ids[:, :n_tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
@@ -304,19 +307,26 @@ class Bench:
         mine = [way for way in ways if way.name.startswith("krul")]
         # With what a stored one has too: hooks, and the estimator that sees the attention.
         memory = self.run(krul.Store(self.folder / "memory").open("history", self.model), n_tokens)
+        kept = {
+            IN_MEMORY: memory,
+            PLAIN: self.run(transformers.DynamicCache(config=self.model.config), n_tokens),
+        }
         for n_prompt in FAST_PROMPTS:
-            seconds: dict[str, list[float]] = {"in memory": [], **{way.name: [] for way in mine}}
+            seconds: dict[str, list[float]] = {
+                name: [] for name in (*kept, *(x.name for x in mine))
+            }
             for _ in range(N_FAST_RUNS):
-                started = time.perf_counter()
-                self.first_token(memory, n_tokens, n_prompt)
-                seconds["in memory"].append(time.perf_counter() - started)
-                memory.crop(-n_prompt)
+                for name, cache in kept.items():
+                    started = time.perf_counter()
+                    self.first_token(cache, n_tokens, n_prompt)
+                    seconds[name].append(time.perf_counter() - started)
+                    cache.crop(-n_prompt)
                 for way in mine:
                     started = time.perf_counter()
                     with way.restore(0.0) as cache:
                         self.first_token(cache, n_tokens, n_prompt)
                         seconds[way.name].append(time.perf_counter() - started)
-            memory_s = statistics.median(seconds["in memory"])
+            memory_s, plain_s = (statistics.median(seconds[name]) for name in kept)
             for name, found in seconds.items():
                 self.rows.append(
                     {
@@ -324,13 +334,14 @@ class Bench:
                         "x": None,
                         "part": FAST,
                         "n_prompt": n_prompt,
-                        "way": name if name == "in memory" else f"{name}, fast store",
+                        "way": name if name in kept else f"{name}, fast store",
                         "first_token_s": statistics.median(found),
                         "minimum_s": min(found),
                         "n_runs": len(found),
                         # Which has N_PROMPT new tokens; more would make it longer.
                         "faster_than_recompute": recompute_s / statistics.median(found),
                         "times_memory": statistics.median(found) / memory_s,
+                        "times_plain": statistics.median(found) / plain_s,
                     }
                 )
         memory.close()
@@ -539,7 +550,8 @@ def main() -> None:
         "Fixed pairs change what the model says (see mean KL); the other uncompressed ways give "
         "its logits to float rounding.",
         f"The fast store has no limit and is in the page cache: medians of {N_FAST_RUNS}, each run "
-        "beside one of a cache with the same settings that never left memory.",
+        "beside one of a cache with the same settings that never left memory, and one of "
+        "transformers' own, which copies all it holds in every pass.",
     ]
     if options.only and not options.quick:
         bench.rows = merged(bench.rows, options.json or harness.RESULTS / "restore.json")
