@@ -26,6 +26,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import krul
+from krul import profiles
 from krul.demo_model import load
 
 from . import bench_quality, harness, texts
@@ -174,7 +175,12 @@ def _krul_ways(bench: Bench, n_history: int, folder: Path) -> list[Way]:
             report = cache.save()
         codecs = ", ".join(sorted(set(report.codec_by_layer)))
         label = f"krul {codec}" + (f" ({codecs})" if codec == "auto" else "")
-        files = tuple(path for path in where.rglob("*") if path.is_file())
+        # Without the profile, which is there once for all conversations of the model.
+        files = tuple(
+            path
+            for path in where.rglob("*")
+            if path.is_file() and profiles.FOLDER not in path.relative_to(where).parts
+        )
 
         def restore(store: krul.Store = store) -> Any:
             return store.open("history", bench.model)
@@ -315,6 +321,11 @@ def main() -> int:
         f"(SHA-256 {texts.digest(bench.words)}...); the first token after {N_PROMPT} new ones.",
         "Mean KL and top-1 over the next 128 tokens, against the uninterrupted run. Codecs are "
         "taken as named, without the guard, but for auto.",
+        *(
+            [f"The profile of predict has {bench.profile.n_bytes:,} bytes, once; not counted."]
+            if bench.profile is not None
+            else []
+        ),
         "All ways of one length are timed in turns, round by round. "
         "Model and tokeniser are in memory, and krul has asked the model what it can do; that is "
         "done once per process.",

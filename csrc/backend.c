@@ -7,6 +7,7 @@
 
 static const krul_backend *const best_first[] = {
 #if defined(__x86_64__)
+    &krul_backend_avx512_gather,
     &krul_backend_avx512,
     &krul_backend_avx2,
 #elif defined(__aarch64__)

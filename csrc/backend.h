@@ -138,6 +138,7 @@ extern const krul_backend krul_backend_scalar;
 #if defined(__x86_64__)
 extern const krul_backend krul_backend_avx2;
 extern const krul_backend krul_backend_avx512;
+extern const krul_backend krul_backend_avx512_gather;
 #elif defined(__aarch64__)
 extern const krul_backend krul_backend_neon;
 #endif

@@ -7,9 +7,6 @@
  * bits, of which a callee that wants 32 reads the lower half, be it from a register, from a slot of
  * the stack or, on a little-endian machine, through a pointer. Whether that holds, and whether the
  * product is right at all, is tried out before a library is used. */
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #include <dlfcn.h>
 #include <math.h>
 #include <stdlib.h>
@@ -245,10 +242,7 @@ is_bf16_fast(void)
         return strcmp(asked, "0") != 0;
     }
 #if defined(__x86_64__)
-    enum { LEAF = 7, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
-    unsigned a, b, c, d;
-    return __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) != 0 && (d & AMX_BF16) != 0 &&
-           (d & AMX_TILE) != 0;
+    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
 #else
     return false;
 #endif
