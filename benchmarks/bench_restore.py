@@ -505,7 +505,8 @@ def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
         return rows
     known = json.loads(path.read_text())
     if known["machine"]["processor"] != harness.machine()["processor"]:
-        sys.exit(f"{path} is of {known['machine']['processor']}: its rows and these are not to be mixed")
+        other = known["machine"]["processor"]
+        sys.exit(f"{path} is of {other}: its rows and these are not to be mixed")
     new = {(row["n_tokens"], row["part"]) for row in rows}
     kept = [row for row in known["rows"] if (row["n_tokens"], row.get("part", row["x"])) not in new]
     order = [(n, part) for n, parts in HISTORIES.items() for part in parts]
