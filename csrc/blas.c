@@ -61,7 +61,7 @@ struct krul_blas {
     const spelling *spelled;
     cblas_function *cblas; /* one of these two, as spelled->is_cblas says */
     fortran_function *fortran;
-    bf16_function *bf16; /* NULL: there is none, or it is not worth calling */
+    bf16_function *bf16; /* NULL: there is none, or it is wrong */
     set_threads_function *set_threads; /* NULL: there is none */
 };
 
@@ -232,22 +232,6 @@ are_together(void *library, const char *left, const char *right)
            dladdr(right_address, &right_info) != 0 && left_info.dli_fbase == right_info.dli_fbase;
 }
 
-/* Has the processor tiles that multiply bfloat16? Without them the library may well be slower than
- * in float32. */
-static bool
-is_bf16_fast(void)
-{
-    const char *asked = getenv("KRUL_BFLOAT16");
-    if (asked != NULL && asked[0] != '\0') {
-        return strcmp(asked, "0") != 0;
-    }
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
-#else
-    return false;
-#endif
-}
-
 /* Find the products, and how to keep them to one thread. */
 static bool
 bind(krul_blas *blas)
@@ -262,7 +246,7 @@ bind(krul_blas *blas)
             if (are_together(blas->library, spelled->symbol, set_threads_symbol)) {
                 (void)look_up(blas->library, set_threads_symbol, &blas->set_threads);
             }
-            if (is_bf16_fast() && are_together(blas->library, spelled->symbol, bf16_symbol)) {
+            if (are_together(blas->library, spelled->symbol, bf16_symbol)) {
                 (void)look_up(blas->library, bf16_symbol, &blas->bf16);
             }
             return true;
@@ -395,6 +379,16 @@ done:
 }
 
 bool
+krul_blas_is_bf16_fast(void)
+{
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
+#else
+    return false;
+#endif
+}
+
+bool
 krul_blas_has_bf16(const krul_blas *blas)
 {
     return blas->bf16 != NULL;
@@ -408,8 +402,7 @@ krul_blas_bf16_gemm(const krul_blas *blas, bool trans_a, bool trans_b, int64_t m
     krul_status status = KRUL_STATUS_OK;
     if (blas->bf16 == NULL) {
         return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
-                         "the library of %s has no products of bfloat16 that are worth it here",
-                         blas->spelled->symbol);
+                         "the library of %s has no products of bfloat16", blas->spelled->symbol);
     }
     KRUL_TRY(check_product(blas, INT32_MAX, trans_a, trans_b, m, n, k, lda, ldb, ldc, err));
     if (m > 0 && n > 0) {

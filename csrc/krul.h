@@ -211,9 +211,12 @@ krul_status krul_blas_sgemm(const krul_blas *blas, bool trans_a, bool trans_b, i
                             int64_t ldb, float beta, float *c, int64_t ldc,
                             krul_error *err) KRUL_MUST_CHECK;
 
-/* Does the library multiply bfloat16, right, and is that worth it here: has the processor tiles for
- * it? KRUL_BFLOAT16 in the environment, 0 or 1, answers the second question instead; for tests. */
+/* Does the library multiply bfloat16, too, and right? */
 bool krul_blas_has_bf16(const krul_blas *blas);
+
+/* Is that worth it on this processor: has it tiles for it? Without them it may well be slower than
+ * float32. */
+bool krul_blas_is_bf16_fast(void);
 
 /* The same of bfloat16, summed up in float32, which on a processor with tiles for it takes a third
  * of the time or less. KRUL_STATUS_UNSUPPORTED where krul_blas_has_bf16 says no. */

@@ -133,7 +133,10 @@ def search() -> tuple[Library | None, dict[str, str]]:
                 except NotImplementedError as error:
                     refused[path] = str(error)
                     continue
-                library = Library(path, *_core.blas_about(handle), handle)
+                symbol, is_single_threaded, has_bf16, is_fast = _core.blas_about(handle)
+                wanted = os.environ.get("KRUL_BFLOAT16")
+                has_bf16 &= wanted != "0" if wanted else is_fast
+                library = Library(path, symbol, is_single_threaded, has_bf16, handle)
                 break
             _found = library, refused
         return _found

@@ -351,6 +351,11 @@ def test_samples_are_those_of_torch(dtype):
     assert [len(each) for each in found[4:7]] == [3 * dtype.itemsize, dtype.itemsize, 0]
 
 
+def test_no_tensors_have_no_samples():
+    assert prints._gather([]) == []
+    assert _core.samples(array("q")) == b""
+
+
 def test_a_tensor_whose_storage_was_emptied_is_an_error_and_no_crash():
     tensor = torch.ones(64, 64)
     tensor.untyped_storage().resize_(0)

@@ -47,17 +47,18 @@ blas_open(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(blas_about_doc,
              "blas_about($module, blas, /)\n--\n\n"
-             "(name of its product, does a product stay in its thread, are products of\n"
-                             "bfloat16 worth it here).");
+             "(name of its product, does a product stay in its thread, are there products of\n"
+             "bfloat16, would they be worth it here).");
 
 static PyObject *
 blas_about(PyObject *Py_UNUSED(module), PyObject *capsule)
 {
     const krul_blas *blas = py_krul_blas(capsule);
     return blas == NULL ? NULL
-                        : Py_BuildValue("(sNN)", krul_blas_symbol(blas),
+                        : Py_BuildValue("(sNNN)", krul_blas_symbol(blas),
                                         PyBool_FromLong(krul_blas_is_single_threaded(blas)),
-                                        PyBool_FromLong(krul_blas_has_bf16(blas)));
+                                        PyBool_FromLong(krul_blas_has_bf16(blas)),
+                                        PyBool_FromLong(krul_blas_is_bf16_fast()));
 }
 
 /* A matrix of a dtype on the CPU, and how far its rows are apart; with no dtype, of float32 or

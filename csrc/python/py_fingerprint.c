@@ -66,8 +66,9 @@ samples(PyObject *Py_UNUSED(module), PyObject *object)
     const sample_place *places = buffer.buf;
     Py_ssize_t n_places = buffer.len / (Py_ssize_t)sizeof *places;
     Py_ssize_t n_bytes = 0;
-    bool is_whole = buffer.len % (Py_ssize_t)sizeof *places == 0 &&
-                    (uintptr_t)buffer.buf % sizeof(int64_t) == 0;
+    /* What is empty may be anywhere. */
+    bool is_whole = buffer.len == 0 || (buffer.len % (Py_ssize_t)sizeof *places == 0 &&
+                                        (uintptr_t)buffer.buf % sizeof(int64_t) == 0);
     for (Py_ssize_t i = 0; i < n_places && is_whole; i++) {
         is_whole = is_sound(&places[i]) &&
                    places[i].n_samples <= (PY_SSIZE_T_MAX - n_bytes) / places[i].item_bytes;
