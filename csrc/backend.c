@@ -1,6 +1,9 @@
 /* backend.c - which tables exist, and which of them serves. */
 #include "backend.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <string.h>
 
 #include "internal.h"
@@ -57,4 +60,17 @@ krul_backend_find(const char *name, const krul_backend **out, krul_error *err)
         }
     }
     return krul_fail(err, KRUL_STATUS_BAD_VALUE, "backend '%s' does not exist", name);
+}
+
+bool
+krul_has_amx_bf16(void)
+{
+#if defined(__x86_64__)
+    enum { LEAF = 7, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) != 0 && (d & AMX_BF16) != 0 &&
+           (d & AMX_TILE) != 0;
+#else
+    return false;
+#endif
 }

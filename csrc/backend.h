@@ -143,4 +143,8 @@ extern const krul_backend krul_backend_avx512_gather;
 extern const krul_backend krul_backend_neon;
 #endif
 
+/* Has the processor AMX's tiles for bfloat16, which Intel's have as of Sapphire Rapids? Asked of the
+ * processor, since older compilers have no name for it. */
+bool krul_has_amx_bf16(void);
+
 #endif /* KRUL_BACKEND_H */

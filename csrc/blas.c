@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend.h"
 #include "internal.h"
 
 enum { CBLAS_ROW_MAJOR = 101, CBLAS_NO_TRANS = 111, CBLAS_TRANS = 112 };
@@ -381,11 +382,7 @@ done:
 bool
 krul_blas_is_bf16_fast(void)
 {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile");
-#else
-    return false;
-#endif
+    return krul_has_amx_bf16();
 }
 
 bool

@@ -373,25 +373,23 @@ new_floats(int64_t rows, int64_t columns, krul_error *err)
 
 /* ---- products ---- */
 
-/* Values as products take them: themselves, or rounded, in memory that *narrow_out then owns. NULL with
- * an error. */
-static const void *
+/* Values as products take them: themselves, or rounded, in memory that *narrow_out then owns. */
+static krul_status
 operand_of(const krul_backend *backend, const krul_predict *predict, const float *values,
-           int64_t rows, int64_t columns, uint16_t **narrow_out, krul_error *err)
+           int64_t rows, int64_t columns, uint16_t **narrow_out, const void **out, krul_error *err)
 {
-    if (!predict->is_bf16) {
-        return values;
+    *out = values;
+    if (predict->is_bf16) {
+        int64_t n_values = rows * columns;
+        *narrow_out = malloc((size_t)n_values * sizeof **narrow_out + 1);
+        if (*narrow_out == NULL) {
+            return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
+                             (long long)rows, (long long)columns);
+        }
+        backend->narrow(KRUL_DTYPE_BF16, values, n_values, *narrow_out);
+        *out = *narrow_out;
     }
-    int64_t n_values = rows * columns;
-    uint16_t *narrow = malloc((size_t)n_values * sizeof *narrow + 1);
-    if (narrow == NULL) {
-        (void)krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
-                        (long long)rows, (long long)columns);
-        return NULL;
-    }
-    backend->narrow(KRUL_DTYPE_BF16, values, n_values, narrow);
-    *narrow_out = narrow;
-    return narrow;
+    return KRUL_STATUS_OK;
 }
 
 /* The block of rows of a matrix that begins with number `first`, in the form that products take. */
@@ -453,11 +451,8 @@ predict_rows(const krul_backend *backend, const krul_predict *predict, const pre
                           is_low ? product : out, err));
     }
     if (is_low) {
-        const void *left = operand_of(backend, predict, product, n_rows, layer->rank, &narrow, err);
-        if (left == NULL) {
-            status = KRUL_STATUS_NO_MEMORY;
-            goto done;
-        }
+        const void *left;
+        KRUL_TRY(operand_of(backend, predict, product, n_rows, layer->rank, &narrow, &left, err));
         const void *right = matrix_of(predict, layer->right, layer->narrow.right, 0);
         KRUL_TRY(multiply(predict, false, false, n_rows, width, layer->rank, 1.0f, left, right,
                           0.0f, out, err));
@@ -477,16 +472,16 @@ settle(const krul_backend *backend, krul_predict *predict, predict_chain *chain,
     const krul_predict_layer *layer = &predict->layers[index];
     chain_layer *own = &chain->layers[index];
     uint16_t *narrow = NULL;
+    const void *operand;
     void *kept = NULL;
     if (predict->n_users[index] > 0) {
-        if (operand_of(backend, predict, *decoded, chain->n_rows, width_of(layer), &narrow, err) ==
-            NULL) {
-            return KRUL_STATUS_NO_MEMORY;
+        krul_status status = operand_of(backend, predict, *decoded, chain->n_rows, width_of(layer),
+                                        &narrow, &operand, err);
+        if (status != KRUL_STATUS_OK) {
+            return status;
         }
-        if (narrow != NULL) {
-            kept = narrow;
-        }
-        else {
+        kept = narrow;
+        if (kept == NULL) { /* they are kept as they are */
             kept = *decoded;
             *decoded = NULL;
         }
@@ -1112,24 +1107,18 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
             residual[i] = exact[i] - decoded[i];
         }
     }
-    const void *wanted = operand_of(backend, predict, layer->n_sources > 0 ? residual : exact,
-                                    n_rows, width, &narrow, err);
-    if (wanted == NULL) {
-        status = KRUL_STATUS_NO_MEMORY;
-        goto done;
-    }
+    const void *wanted;
+    KRUL_TRY(operand_of(backend, predict, layer->n_sources > 0 ? residual : exact, n_rows, width,
+                        &narrow, &wanted, err));
     KRUL_TRY(multiply(predict, true, true, width, n_rows, width, 1.0f,
                       matrix_of(predict, layer->forward, layer->narrow.forward, 0), wanted, 0.0f,
                       coding.coefficients, err));
     double error[2] = {0, 0};
     bool fits = quantise(&coding, step);
     if (fits) {
-        const void *coefficients = operand_of(backend, predict, coding.coefficients, width, n_rows,
-                                              &narrow_coefficients, err);
-        if (coefficients == NULL) {
-            status = KRUL_STATUS_NO_MEMORY;
-            goto done;
-        }
+        const void *coefficients;
+        KRUL_TRY(operand_of(backend, predict, coding.coefficients, width, n_rows,
+                            &narrow_coefficients, &coefficients, err));
         KRUL_TRY(multiply(predict, true, false, n_rows, width, width, step, coefficients,
                           matrix_of(predict, layer->backward, layer->narrow.backward, 0), 1.0f,
                           decoded, err));
@@ -1266,12 +1255,9 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
         n_used--;
     }
     if (n_used > 0) {
-        const void *coefficients = operand_of(backend, predict, coding.coefficients, n_used, n_rows,
-                                              &narrow, err);
-        if (coefficients == NULL) {
-            status = KRUL_STATUS_NO_MEMORY;
-            goto done;
-        }
+        const void *coefficients;
+        KRUL_TRY(operand_of(backend, predict, coding.coefficients, n_used, n_rows, &narrow,
+                            &coefficients, err));
         KRUL_TRY(multiply(predict, true, false, n_rows, width, n_used, step, coefficients,
                           matrix_of(predict, layer->backward, layer->narrow.backward, 0), 1.0f,
                           decoded, err));

@@ -136,7 +136,6 @@ def test_products_of_bfloat16_are_a_matter_of_each_process(tmp_path, monkeypatch
                 assert cache.n_tokens == N_HISTORY + 300
                 assert closeness(cache, exact) < 0.5
         assert store.verify() == []
-    monkeypatch.setattr(blas, "_found", None)
 
 
 def test_what_is_stored(store, llama, profile):
