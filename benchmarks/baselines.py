@@ -52,6 +52,8 @@ class History:
         The paper's pairs, closest first.
     queries : list of torch.Tensor
         Un-rotated, n_tokens x (n_heads head_dim) per layer; empty where nobody asks for them.
+    fineness : numpy.ndarray or None
+        What krul makes of the attention of the last tokens; None where nobody asks for it.
     """
 
     ids: torch.Tensor
@@ -60,6 +62,7 @@ class History:
     sin: torch.Tensor
     pairs: Pairs = ()
     queries: list[torch.Tensor] = field(default_factory=list)
+    fineness: np.ndarray | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property

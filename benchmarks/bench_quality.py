@@ -31,10 +31,11 @@ import torch
 import transformers
 
 import krul
-from krul import _core
+from krul import _core, guard
 from krul.compressor import CODECS, token_runs
 from krul.demo_model import load
 from krul.predictor import make_predictor
+from krul.save import N_QUERIES
 
 from . import baselines, bench_codecs, chats, harness, retrieval, texts
 from .baselines import KEEP_FIRST, Codec, History, Restored
@@ -58,10 +59,15 @@ NOT_ASKED = (
     "krul share+int4 (MiniCache's fixed pairs): 3",
     "integers in groups of 64: 8 bits",
     "integers in groups of 32: 8 bits",
-    "krul predict: step 0.2",
     "krul predict: step 0.3",
+    "krul predict: step 0.6",
     "krul predict: step 0.8",
-    "krul predict: step 1.6",
+    "krul predict: step 2.2",
+    "krul predict, tokens alike: step 0.2",
+    "krul predict, tokens alike: step 0.3",
+    "krul predict, tokens alike: step 0.6",
+    "krul predict, tokens alike: step 0.8",
+    "krul predict, tokens alike: step 1.6",
     "H2O: 1/2 kept",
     "H2O: 1/12 kept",
     "KVTC (DEFLATE): 2.5 bits",
@@ -70,10 +76,12 @@ NOT_ASKED = (
 # What stands for its family where there is no room for all.
 BRIEF = (
     "uncompressed",
-    "krul predict: step 0.3",
     "krul predict: step 0.45",
     "krul predict: step 0.8",
     "krul predict: step 1.1",
+    "krul predict: step 1.5",
+    "krul predict, tokens alike: step 0.45",
+    "krul predict, tokens alike: step 1.1",
     "krul: int8",
     "krul: int4",
     "krul share (paper's pairs): 7",
@@ -133,18 +141,28 @@ def krul_sharing(codec: str, n_pairs: int, is_fixed: bool) -> Codec:
     return Codec(f"krul {codec} ({name})", f"{n_pairs}", run, needs)
 
 
-def krul_predict(profile: Callable[[], krul.Profile], step: float) -> Codec:
-    """Krul's predictive coding with a profile of the calibration texts, at one step."""
+def krul_predict(
+    profile: Callable[[], krul.Profile], step: float, *, are_alike: bool = False
+) -> Codec:
+    """Krul's predictive coding with a profile of the calibration texts, at one step.
+
+    As it saves, tokens that get more attention have finer steps, unless `are_alike`.
+    """
 
     def run(history: History) -> Restored:
-        coded = code_predicted(history, profile(), step)
+        coded = code_predicted(history, profile(), step, are_alike=are_alike)
         return Restored(coded.layers, coded.n_bytes)
 
-    return Codec("krul predict", f"step {step}", run)
+    name = "krul predict, tokens alike" if are_alike else "krul predict"
+    return Codec(name, f"step {step}", run, frozenset() if are_alike else frozenset({"fineness"}))
 
 
-def code_predicted(history: History, profile: krul.Profile, step: float) -> bench_codecs.Coded:
+def code_predicted(
+    history: History, profile: krul.Profile, step: float, *, are_alike: bool = False
+) -> bench_codecs.Coded:
     """Encode and decode a whole cache as a save and a restore do; table rows of blocks counted."""
+    harness.check(are_alike or history.fineness is not None, "nobody asked for the fineness")
+    fineness = None if are_alike else history.fineness
     layers, n_tokens = history.layers, history.n_tokens
     back = [tuple(torch.empty_like(t) for t in layer) for layer in layers]
     kept = [
@@ -158,7 +176,15 @@ def code_predicted(history: History, profile: krul.Profile, step: float) -> benc
     encoder = make_predictor(profile, range(n_tokens), is_encoding=True)
     chains = encoder.encode(
         [
-            [(i, start, *(t[:, :, start:end] for t in layer)) for i, layer in enumerate(layers)]
+            [
+                (
+                    i,
+                    start,
+                    *(t[:, :, start:end] for t in layer),
+                    None if fineness is None else fineness[i, start:end],
+                )
+                for i, layer in enumerate(layers)
+            ]
             for start, end in runs
         ],
         step,
@@ -189,7 +215,11 @@ def codecs(
     """Return everything that is measured, in the order of the table."""
     return [
         uncompressed(),
-        *(krul_predict(profile, step) for step in (0.2, 0.3, 0.45, 0.6, 0.8, 1.1, 1.6)),
+        *(krul_predict(profile, step) for step in (0.3, 0.45, 0.6, 0.8, 1.1, 1.5, 2.2)),
+        *(
+            krul_predict(profile, step, are_alike=True)
+            for step in (0.2, 0.3, 0.45, 0.6, 0.8, 1.1, 1.6)
+        ),
         *(krul_codec(name) for name in bench_codecs.SINGLE),
         *(
             krul_sharing(codec, n_pairs, is_fixed)
@@ -301,7 +331,30 @@ class Bench:
         positions = torch.arange(ids.shape[1])[None]
         with torch.no_grad():
             cos, sin = self.model.model.rotary_emb(torch.zeros(1, 1, 1), positions)
-        return History(ids, layers, cos[0], sin[0], pairs, list(queries.values()))
+        fineness = self.fineness(ids, layers) if "fineness" in needs else None
+        return History(ids, layers, cos[0], sin[0], pairs, list(queries.values()), fineness)
+
+    def fineness(self, ids: torch.Tensor, layers: baselines.KeysAndValues) -> Any:
+        """Ask the last tokens of a history what they look at, as a save does."""
+
+        def exact(n_before: int) -> guard.Held:
+            return guard.Held(
+                [
+                    lambda own=layer: tuple(t[:, :, :n_before].float() for t in own)
+                    for layer in layers
+                ],
+                [n_before] * len(layers),
+            )
+
+        watch = guard.Guard(
+            self.model,
+            token_ids=ids,
+            attention_mask=None,
+            position_ids=None,
+            exact=exact,
+            n_guard=0,
+        )
+        return krul.selector.token_fineness(*watch.received(N_QUERIES), KEEP_FIRST)
 
     @functools.cache  # noqa: B019 - there is one bench
     def basis(self) -> baselines.Basis:

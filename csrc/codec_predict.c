@@ -22,6 +22,9 @@ enum {
     SHIFT_FLOATS = 12, /* N_SHIFTS, filled up to whole vectors of four */
     MAX_RICE_BITS = 7,
     LEVELS_PER_OCTAVE = 3,
+    MIN_FINENESS = KRUL_PREDICT_MIN_FINENESS,
+    MAX_FINENESS = KRUL_PREDICT_MAX_FINENESS,
+    N_FINENESSES = MAX_FINENESS - MIN_FINENESS + 1,
 };
 
 /* Coefficients from here on are not coded: the step is absurdly fine for them. */
@@ -47,7 +50,8 @@ struct krul_predict {
     krul_entropy_table *frequencies; /* what the tables were made of */
     krul_entropy_tables *tables;
     float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
-    float (*shift_costs)[N_SYMBOLS][SHIFT_FLOATS]; /* the same by class and shift; for encoding */
+    /* The same by class, plus fineness, from MIN_FINENESS on, and shift; for encoding. */
+    float (*shift_costs)[N_SYMBOLS][SHIFT_FLOATS];
     int32_t n_tables;
     int32_t unit_table;
     int32_t n_layers;
@@ -192,6 +196,13 @@ new_levels(krul_predict *predict, const krul_predict_options *options)
     return true;
 }
 
+/* The table of this number, or the nearest. */
+static int32_t
+nearest_table(const krul_predict *predict, int32_t table)
+{
+    return (int32_t)krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
+}
+
 /* Bits of each symbol of a class under every shift, side by side: a value looks in one place. */
 static void
 fill_shift_costs(const krul_predict *predict, int32_t own_class,
@@ -199,8 +210,7 @@ fill_shift_costs(const krul_predict *predict, int32_t own_class,
 {
     memset(shift_costs, 0, N_SYMBOLS * sizeof *shift_costs);
     for (int32_t shift = 0; shift < N_SHIFTS; shift++) {
-        int64_t table = own_class + shift - MAX_SHIFT;
-        table = krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
+        int32_t table = nearest_table(predict, own_class + shift - MAX_SHIFT);
         for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
             shift_costs[symbol][shift] = predict->costs[table][symbol];
         }
@@ -230,7 +240,8 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
     made->layers = malloc(n_layers * sizeof *made->layers);
     made->n_users = calloc(n_layers, sizeof *made->n_users);
     if (is_encoding) {
-        made->shift_costs = malloc((size_t)options->n_tables * sizeof *made->shift_costs);
+        made->shift_costs = malloc((size_t)(options->n_tables + N_FINENESSES - 1) *
+                                   sizeof *made->shift_costs);
     }
     if (made->frequencies == NULL || made->costs == NULL || made->layers == NULL ||
         made->n_users == NULL || !new_levels(made, options) ||
@@ -242,8 +253,8 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         fill_costs(&options->tables[i], made->costs[i]);
     }
     made->n_tables = options->n_tables;
-    for (int32_t i = 0; i < options->n_tables && is_encoding; i++) {
-        fill_shift_costs(made, i, made->shift_costs[i]);
+    for (int32_t i = 0; i < options->n_tables + N_FINENESSES - 1 && is_encoding; i++) {
+        fill_shift_costs(made, i + MIN_FINENESS, made->shift_costs[i]);
     }
     memcpy(made->frequencies, options->tables,
            (size_t)options->n_tables * sizeof *made->frequencies);
@@ -616,10 +627,12 @@ store_rows(const krul_backend *backend, const krul_predict *predict,
 
 /* ---- side information -------------------------------------------------------------------------- */
 
+/* 2^(-2/3) and 2^(-1/3). */
+static const double thirds[LEVELS_PER_OCTAVE - 1] = {0.62996052494743658, 0.79370052598409974};
+
 int32_t
 krul_predict_level_of(float value)
 {
-    static const double thirds[LEVELS_PER_OCTAVE - 1] = {0.62996052494743658, 0.79370052598409974};
     int exponent;
     double mantissa = frexp((double)value, &exponent); /* [0.5, 1) */
     int32_t level = LEVELS_PER_OCTAVE * (exponent - 1);
@@ -627,6 +640,18 @@ krul_predict_level_of(float value)
         level += mantissa >= thirds[i];
     }
     return level;
+}
+
+float
+krul_predict_row_step(int32_t fineness)
+{
+    int32_t octaves = fineness / LEVELS_PER_OCTAVE, rest = fineness % LEVELS_PER_OCTAVE;
+    if (rest < 0) {
+        octaves--;
+        rest += LEVELS_PER_OCTAVE;
+    }
+    float part = rest == 0 ? 1.0f : (float)thirds[LEVELS_PER_OCTAVE - 1 - rest];
+    return ldexpf(part, -octaves);
 }
 
 /* The class that a component is expected to have; -1 is a column of zeros. */
@@ -758,8 +783,11 @@ typedef struct predict_coding {
     float *coefficients; /* width x n_rows; after quantising, whole numbers */
     int32_t *values; /* the same as integers */
     uint8_t *classes; /* width */
-    int8_t *shifts; /* n_rows */
-    uint32_t *folded; /* width, then n_rows */
+    int8_t *fineness; /* n_rows */
+    int8_t *shifts; /* n_rows, fineness included */
+    float *row_steps; /* n_rows: parts of the step */
+    bool is_plain; /* every fineness is 0 */
+    uint32_t *folded; /* width, then twice n_rows */
     float *shift_bits; /* n_rows x SHIFT_FLOATS */
 } predict_coding;
 
@@ -769,7 +797,9 @@ free_coding(predict_coding *coding)
     free(coding->coefficients);
     free(coding->values);
     free(coding->classes);
+    free(coding->fineness);
     free(coding->shifts);
+    free(coding->row_steps);
     free(coding->folded);
     free(coding->shift_bits);
 }
@@ -783,63 +813,128 @@ new_coding(predict_coding *coding, int64_t width, int64_t n_rows, bool is_encodi
     coding->n_rows = n_rows;
     coding->coefficients = malloc(n_columns * rows * sizeof *coding->coefficients);
     coding->classes = malloc(n_columns);
+    coding->fineness = malloc(rows);
     coding->shifts = malloc(rows);
+    coding->row_steps = malloc(rows * sizeof *coding->row_steps);
     if (is_encoding) {
         coding->values = malloc(n_columns * rows * sizeof *coding->values);
-        coding->folded = malloc((n_columns + rows) * sizeof *coding->folded);
+        coding->folded = malloc((n_columns + 2 * rows) * sizeof *coding->folded);
         coding->shift_bits = malloc(rows * SHIFT_FLOATS * sizeof *coding->shift_bits);
     }
-    return coding->coefficients != NULL && coding->classes != NULL && coding->shifts != NULL &&
+    return coding->coefficients != NULL && coding->classes != NULL && coding->fineness != NULL &&
+           coding->shifts != NULL && coding->row_steps != NULL &&
            (!is_encoding ||
             (coding->values != NULL && coding->folded != NULL && coding->shift_bits != NULL));
 }
 
-/* Divide by the step and round; false where a coefficient is not finite or absurdly large. */
+/* Work out the rows' steps from their fineness. */
+static void
+fill_row_steps(predict_coding *coding)
+{
+    coding->is_plain = true;
+    for (int64_t row = 0; row < coding->n_rows; row++) {
+        coding->row_steps[row] = krul_predict_row_step(coding->fineness[row]);
+        coding->is_plain = coding->is_plain && coding->fineness[row] == 0;
+    }
+}
+
+/* Multiply the first columns of the numbers by the rows' steps. */
+static void
+scale_rows(predict_coding *coding, int64_t n_columns)
+{
+    float *numbers = coding->coefficients;
+    for (int64_t column = 0; column < n_columns; column++, numbers += coding->n_rows) {
+        for (int64_t row = 0; row < coding->n_rows; row++) {
+            numbers[row] *= coding->row_steps[row];
+        }
+    }
+}
+
+/* Divide by the rows' steps and round; false where a coefficient is not finite or absurdly large. */
 static bool
 quantise(predict_coding *coding, float step)
 {
-    float inverse = 1.0f / step;
     float largest = 0;
-    int64_t n_values = coding->width * coding->n_rows;
-    for (int64_t i = 0; i < n_values; i++) {
-        float scaled = coding->coefficients[i] * inverse;
-        float size = fabsf(scaled);
-        if (!(size < MAX_COEFFICIENT)) {
-            return false;
+    for (int64_t column = 0; column < coding->width; column++) {
+        float *coefficients = coding->coefficients + column * coding->n_rows;
+        int32_t *values = coding->values + column * coding->n_rows;
+        for (int64_t row = 0; row < coding->n_rows; row++) {
+            float scaled = coefficients[row] / (step * coding->row_steps[row]);
+            float size = fabsf(scaled);
+            if (!(size < MAX_COEFFICIENT)) {
+                return false;
+            }
+            largest = size > largest ? size : largest;
+            int32_t value = (int32_t)lrintf(scaled);
+            values[row] = value;
+            coefficients[row] = (float)value;
         }
-        largest = size > largest ? size : largest;
-        int32_t value = (int32_t)lrintf(scaled);
-        coding->values[i] = value;
-        coding->coefficients[i] = (float)value;
     }
     return largest < MAX_COEFFICIENT;
 }
 
-/* The table that codes a column in the fewest bits, KRUL_ENTROPY_NO_SYMBOLS for zeros. */
-static uint8_t
-choose_class(const krul_predict *predict, const int32_t *values, int64_t n_rows)
+/* How often a column has each symbol in rows of each fineness. */
+typedef struct column_counts {
+    uint32_t of[N_FINENESSES][N_SYMBOLS];
+    bool is_used[N_FINENESSES];
+    int low, high; /* symbols */
+} column_counts;
+
+/* Bits of a column under a class. */
+static float
+class_bits_of(const krul_predict *predict, const column_counts *counts, int32_t own_class)
 {
-    uint32_t counts[N_SYMBOLS] = {0};
-    int low = N_SYMBOLS - 1, high = 0;
-    for (int64_t i = 0; i < n_rows; i++) {
-        int64_t symbol = (int64_t)values[i] + KRUL_ENTROPY_ZERO;
+    float n_bits = 0;
+    for (int32_t i = 0; i < N_FINENESSES; i++) {
+        if (counts->is_used[i]) {
+            const float *costs = predict
+                                     ->costs[nearest_table(predict, own_class + i + MIN_FINENESS)];
+            for (int symbol = counts->low; symbol <= counts->high; symbol++) {
+                n_bits += (float)counts->of[i][symbol] * costs[symbol];
+            }
+        }
+    }
+    return n_bits;
+}
+
+/* The class that codes a column in the fewest bits, KRUL_ENTROPY_NO_SYMBOLS for zeros: sought around
+ * the expected one and the one that the numbers' mean size suggests, further upwards, where fewer
+ * numbers are escapes. */
+static uint8_t
+choose_class(const krul_predict *predict, const predict_coding *coding, int64_t column,
+             int32_t expected, column_counts *counts)
+{
+    const int32_t *values = coding->values + column * coding->n_rows;
+    for (int32_t i = 0; i < N_FINENESSES; i++) {
+        if (counts->is_used[i]) {
+            memset(counts->of[i], 0, sizeof counts->of[i]);
+        }
+    }
+    counts->low = N_SYMBOLS - 1;
+    counts->high = 0;
+    float sum = 0;
+    for (int64_t row = 0; row < coding->n_rows; row++) {
+        sum += fabsf((float)values[row]) * coding->row_steps[row];
+        int64_t symbol = (int64_t)values[row] + KRUL_ENTROPY_ZERO;
         if (symbol < 0 || symbol >= KRUL_ENTROPY_ESCAPE) {
             symbol = KRUL_ENTROPY_ESCAPE;
         }
-        counts[symbol]++;
-        low = symbol < low ? (int)symbol : low;
-        high = symbol > high ? (int)symbol : high;
+        counts->of[coding->fineness[row] - MIN_FINENESS][symbol]++;
+        counts->low = symbol < counts->low ? (int)symbol : counts->low;
+        counts->high = symbol > counts->high ? (int)symbol : counts->high;
     }
-    if (low == KRUL_ENTROPY_ZERO && high == KRUL_ENTROPY_ZERO) {
+    if (counts->low == KRUL_ENTROPY_ZERO && counts->high == KRUL_ENTROPY_ZERO) {
         return KRUL_ENTROPY_NO_SYMBOLS;
     }
-    int best = 0;
+    int32_t size_level = krul_predict_level_of(1.5f * sum / (float)coding->n_rows);
+    int32_t suggested = nearest_table(predict, predict->unit_table + size_level);
+    int32_t low = expected < suggested ? expected : suggested;
+    int32_t high = expected < suggested ? suggested : expected;
+    int32_t end = nearest_table(predict, high + 2 * LEVELS_PER_OCTAVE);
+    int32_t best = expected;
     float best_bits = INFINITY;
-    for (int table = 0; table < predict->n_tables; table++) {
-        float n_bits = 0;
-        for (int symbol = low; symbol <= high; symbol++) {
-            n_bits += (float)counts[symbol] * predict->costs[table][symbol];
-        }
+    for (int32_t table = nearest_table(predict, low - LEVELS_PER_OCTAVE); table <= end; table++) {
+        float n_bits = class_bits_of(predict, counts, table);
         if (n_bits < best_bits) {
             best_bits = n_bits;
             best = table;
@@ -848,7 +943,26 @@ choose_class(const krul_predict *predict, const int32_t *values, int64_t n_rows)
     return (uint8_t)best;
 }
 
-/* For every token, how far its coefficients lie above or below the classes of their components. */
+static void
+choose_classes(const krul_predict *predict, int32_t index, float step, predict_coding *coding,
+               column_counts *counts)
+{
+    int32_t step_level = krul_predict_level_of(step);
+    for (int32_t i = 0; i < N_FINENESSES; i++) {
+        counts->is_used[i] = false;
+    }
+    for (int64_t row = 0; row < coding->n_rows; row++) {
+        counts->is_used[coding->fineness[row] - MIN_FINENESS] = true;
+    }
+    for (int64_t i = 0; i < coding->width; i++) {
+        int32_t expected = expected_class(predict->levels[index][i], step_level,
+                                          predict->unit_table, predict->n_tables);
+        coding->classes[i] = choose_class(predict, coding, i, expected, counts);
+    }
+}
+
+/* For every row, how far its numbers lie above or below the classes of their components, beyond what
+ * its fineness alone makes of them. */
 static void
 choose_shifts(const krul_predict *predict, predict_coding *coding)
 {
@@ -859,9 +973,10 @@ choose_shifts(const krul_predict *predict, predict_coding *coding)
             continue;
         }
         const int32_t *values = coding->values + column * n_rows;
-        const float *costs = predict->shift_costs[coding->classes[column]][0];
+        int32_t lowest = coding->classes[column] - MIN_FINENESS;
         float *n_bits = coding->shift_bits;
         for (int64_t row = 0; row < n_rows; row++, n_bits += SHIFT_FLOATS) {
+            const float *costs = predict->shift_costs[lowest + coding->fineness[row]][0];
             uint32_t symbol = (uint32_t)values[row] + KRUL_ENTROPY_ZERO;
             symbol = symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE;
             const float *more = costs + symbol * SHIFT_FLOATS;
@@ -878,7 +993,7 @@ choose_shifts(const krul_predict *predict, predict_coding *coding)
                            (float)abs(shift - MAX_SHIFT);
             if (n_bits < best_bits) {
                 best_bits = n_bits;
-                coding->shifts[row] = (int8_t)(shift - MAX_SHIFT);
+                coding->shifts[row] = (int8_t)(coding->fineness[row] + shift - MAX_SHIFT);
             }
         }
     }
@@ -890,20 +1005,26 @@ write_side(const krul_predict *predict, int32_t index, float step, predict_codin
            uint8_t *out)
 {
     int32_t step_level = krul_predict_level_of(step);
-    uint32_t *classes = coding->folded, *shifts = coding->folded + coding->width;
+    uint32_t *classes = coding->folded, *fineness = classes + coding->width;
+    uint32_t *shifts = fineness + coding->n_rows;
     for (int64_t i = 0; i < coding->width; i++) {
         int32_t actual = coding->classes[i] == KRUL_ENTROPY_NO_SYMBOLS ? -1 : coding->classes[i];
         classes[i] = fold(actual - expected_class(predict->levels[index][i], step_level,
                                                   predict->unit_table, predict->n_tables));
     }
     for (int64_t i = 0; i < coding->n_rows; i++) {
-        shifts[i] = fold(coding->shifts[i]);
+        fineness[i] = fold(coding->fineness[i]);
+        shifts[i] = fold(coding->shifts[i] - coding->fineness[i]);
     }
     int class_bits = best_rice_bits(classes, coding->width);
+    int fineness_bits = best_rice_bits(fineness, coding->n_rows);
     int shift_bits = best_rice_bits(shifts, coding->n_rows);
     bit_writer writer = {.bytes = out + HEADER_BYTES};
     for (int64_t i = 0; i < coding->width; i++) {
         put_rice(&writer, classes[i], class_bits);
+    }
+    for (int64_t i = 0; i < coding->n_rows && !coding->is_plain; i++) {
+        put_rice(&writer, fineness[i], fineness_bits);
     }
     for (int64_t i = 0; i < coding->n_rows; i++) {
         put_rice(&writer, shifts[i], shift_bits);
@@ -915,7 +1036,8 @@ write_side(const krul_predict *predict, int32_t index, float step, predict_codin
     krul_store_u32(out + 4, (uint32_t)side_bytes);
     out[8] = (uint8_t)class_bits;
     out[9] = (uint8_t)shift_bits;
-    krul_store_u16(out + 10, 0);
+    out[10] = coding->is_plain ? 0 : (uint8_t)(1 + fineness_bits);
+    out[11] = 0;
     return HEADER_BYTES + side_bytes;
 }
 
@@ -923,7 +1045,7 @@ write_side(const krul_predict *predict, int32_t index, float step, predict_codin
 static size_t
 side_bound(int64_t width, int64_t n_rows)
 {
-    return HEADER_BYTES + (size_t)(width + n_rows) * (2 * KRUL_ENTROPY_MAX_TABLES + 2) / 8 + 1;
+    return HEADER_BYTES + (size_t)(width + 2 * n_rows) * (2 * KRUL_ENTROPY_MAX_TABLES + 2) / 8 + 1;
 }
 
 /* Is there a view, and does it fit the layer and the chain's tokens? */
@@ -1062,15 +1184,16 @@ krul_predict_bound(const krul_predict *predict, int32_t layer, int64_t n_tokens,
 
 krul_status
 krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t index,
-                    int64_t token_start, const krul_view views[2], float step, uint8_t *payload_out,
-                    size_t capacity_bytes, size_t *n_bytes_out, bool *fits_out, double error_out[2],
-                    krul_error *err)
+                    int64_t token_start, const krul_view views[2], float step,
+                    const int8_t *fineness, uint8_t *payload_out, size_t capacity_bytes,
+                    size_t *n_bytes_out, bool *fits_out, double error_out[2], krul_error *err)
 {
     krul_status status = KRUL_STATUS_OK;
     predict_coding coding = {0};
     predict_chain *chain = NULL;
     float *exact = NULL, *decoded = NULL, *residual = NULL;
     uint16_t *narrow = NULL, *narrow_coefficients = NULL;
+    column_counts *counts = NULL;
     size_t bound, stream_bytes;
     int64_t n_tokens = views[0].shape[2];
     KRUL_TRY(check_views(predict, index, token_start, n_tokens, views, false, err));
@@ -1085,6 +1208,14 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
                          (double)step, (double)KRUL_PREDICT_MIN_STEP,
                          (double)KRUL_PREDICT_MAX_STEP);
     }
+    for (int64_t i = 0; fineness != NULL && i < n_tokens; i++) {
+        if (fineness[i] < MIN_FINENESS || fineness[i] > MAX_FINENESS) {
+            return krul_fail(err, KRUL_STATUS_BAD_VALUE,
+                             "the fineness of token %lld is %d but must be from %d to %d",
+                             (long long)(token_start + i), fineness[i], (int)MIN_FINENESS,
+                             (int)MAX_FINENESS);
+        }
+    }
     if (capacity_bytes < bound) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE,
                          "capacity_bytes is %zu but the block may need %zu", capacity_bytes, bound);
@@ -1094,12 +1225,17 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     exact = new_floats(n_rows, width, err);
     decoded = new_floats(n_rows, width, err);
     residual = new_floats(n_rows, width, err);
-    if (exact == NULL || decoded == NULL || residual == NULL ||
+    counts = malloc(sizeof *counts);
+    if (exact == NULL || decoded == NULL || residual == NULL || counts == NULL ||
         !new_coding(&coding, width, n_rows, true)) {
         status = krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
                            (long long)n_rows, (long long)width);
         goto done;
     }
+    for (int64_t row = 0; row < n_rows; row++) {
+        coding.fineness[row] = fineness == NULL ? 0 : fineness[row % n_tokens];
+    }
+    fill_row_steps(&coding);
     load_rows(backend, predict, layer, token_start, views, exact);
     KRUL_TRY(predict_rows(backend, predict, chain, index, decoded, err));
     if (layer->n_sources > 0) {
@@ -1117,6 +1253,9 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     bool fits = quantise(&coding, step);
     if (fits) {
         const void *coefficients;
+        if (!coding.is_plain) {
+            scale_rows(&coding, width);
+        }
         KRUL_TRY(operand_of(backend, predict, coding.coefficients, width, n_rows,
                             &narrow_coefficients, &coefficients, err));
         KRUL_TRY(multiply(predict, true, false, n_rows, width, width, step, coefficients,
@@ -1130,9 +1269,7 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
         fits = measure_rows(layer, exact, decoded, n_rows, limits, error);
     }
     if (fits) {
-        for (int64_t i = 0; i < width; i++) {
-            coding.classes[i] = choose_class(predict, coding.values + i * n_rows, n_rows);
-        }
+        choose_classes(predict, index, step, &coding, counts);
         choose_shifts(predict, &coding);
         size_t side_bytes = write_side(predict, index, step, &coding, payload_out);
         KRUL_TRY(krul_entropy_encode_columns(
@@ -1149,6 +1286,7 @@ done:
         pthread_mutex_unlock(&chain->lock);
     }
     free_coding(&coding);
+    free(counts);
     free(narrow);
     free(narrow_coefficients);
     free(exact);
@@ -1162,8 +1300,8 @@ done:
 krul_status
 krul_predict_read_side(const int16_t *levels, int64_t width, int64_t n_rows, int32_t unit_table,
                        int32_t n_tables, const uint8_t *payload, size_t payload_bytes,
-                       uint8_t *classes_out, int8_t *shifts_out, float *step_out,
-                       size_t *side_bytes_out, krul_error *err)
+                       uint8_t *classes_out, int8_t *fineness_out, int8_t *shifts_out,
+                       float *step_out, size_t *side_bytes_out, krul_error *err)
 {
     if (payload_bytes < HEADER_BYTES) {
         return krul_fail(err, KRUL_STATUS_CORRUPT, "predict block has %zu bytes, its header %d",
@@ -1171,16 +1309,17 @@ krul_predict_read_side(const int16_t *levels, int64_t width, int64_t n_rows, int
     }
     uint32_t bits = krul_load_u32(payload);
     size_t side_bytes = krul_load_u32(payload + 4);
-    int class_bits = payload[8], shift_bits = payload[9];
+    int class_bits = payload[8], shift_bits = payload[9], fineness_bits = payload[10] - 1;
     float step;
     memcpy(&step, &bits, sizeof step);
     if (!(step >= KRUL_PREDICT_MIN_STEP && step <= KRUL_PREDICT_MAX_STEP) ||
         side_bytes > payload_bytes - HEADER_BYTES || class_bits > MAX_RICE_BITS ||
-        shift_bits > MAX_RICE_BITS || krul_load_u16(payload + 10) != 0) {
+        shift_bits > MAX_RICE_BITS || fineness_bits > MAX_RICE_BITS || payload[11] != 0) {
         return krul_fail(err, KRUL_STATUS_CORRUPT,
                          "predict block of %zu bytes has a step of %g, %zu bytes of side "
-                         "information in %d and %d bits",
-                         payload_bytes, (double)step, side_bytes, class_bits, shift_bits);
+                         "information in %d, %d and %d bits",
+                         payload_bytes, (double)step, side_bytes, class_bits, shift_bits,
+                         fineness_bits);
     }
     int32_t step_level = krul_predict_level_of(step);
     bit_reader reader = {.bytes = payload + HEADER_BYTES, .n_bits = 8 * side_bytes};
@@ -1197,13 +1336,27 @@ krul_predict_read_side(const int16_t *levels, int64_t width, int64_t n_rows, int
         }
         classes_out[i] = actual < 0 ? KRUL_ENTROPY_NO_SYMBOLS : (uint8_t)actual;
     }
+    memset(fineness_out, 0, (size_t)n_rows);
+    for (int64_t i = 0; i < n_rows && fineness_bits >= 0; i++) {
+        uint32_t folded;
+        int32_t fineness = MAX_FINENESS + 1;
+        if (take_rice(&reader, fineness_bits, 2 * MAX_FINENESS, &folded)) {
+            fineness = unfold(folded);
+        }
+        if (fineness < MIN_FINENESS || fineness > MAX_FINENESS) {
+            return krul_fail(err, KRUL_STATUS_CORRUPT,
+                             "predict block: the fineness of token %lld is malformed",
+                             (long long)i);
+        }
+        fineness_out[i] = (int8_t)fineness;
+    }
     for (int64_t i = 0; i < n_rows; i++) {
         uint32_t folded;
         if (!take_rice(&reader, shift_bits, 2 * MAX_SHIFT, &folded)) {
             return krul_fail(err, KRUL_STATUS_CORRUPT,
                              "predict block: the shift of token %lld is malformed", (long long)i);
         }
-        shifts_out[i] = (int8_t)unfold(folded);
+        shifts_out[i] = (int8_t)(fineness_out[i] + unfold(folded));
     }
     bool is_padding = reader.n_bits - reader.at < 8;
     while (is_padding && reader.at < reader.n_bits) {
@@ -1245,7 +1398,8 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     }
     KRUL_TRY(krul_predict_read_side(predict->levels[index], width, n_rows, predict->unit_table,
                                     predict->n_tables, payload, payload_bytes, coding.classes,
-                                    coding.shifts, &step, &side_bytes, err));
+                                    coding.fineness, coding.shifts, &step, &side_bytes, err));
+    fill_row_steps(&coding);
     KRUL_TRY(krul_entropy_decode_columns(backend, predict->tables, payload + side_bytes,
                                          payload_bytes - side_bytes, width, n_rows, coding.classes,
                                          coding.shifts, coding.coefficients, err));
@@ -1256,6 +1410,9 @@ krul_predict_decode(const krul_backend *backend, krul_predict *predict, int32_t 
     }
     if (n_used > 0) {
         const void *coefficients;
+        if (!coding.is_plain) {
+            scale_rows(&coding, n_used);
+        }
         KRUL_TRY(operand_of(backend, predict, coding.coefficients, n_used, n_rows, &narrow,
                             &coefficients, err));
         KRUL_TRY(multiply(predict, true, false, n_rows, width, n_used, step, coefficients,

@@ -587,7 +587,7 @@ choose_vector(const krul_view *view, const krul_rotary *rotary)
     return 1;
 }
 
-/* Parse one payload, and fill in what a kernel needs. Classes and shifts go to `bytes`. */
+/* Parse one payload, and fill in what a kernel needs. Classes, fineness and shifts go to `bytes`. */
 static krul_status
 fill_unit(const krul_device_chains *chains, const uint8_t *chunk, size_t chunk_bytes,
           const krul_device_block *block, const chain_run *run, uint8_t *bytes,
@@ -608,10 +608,10 @@ fill_unit(const krul_device_chains *chains, const uint8_t *chunk, size_t chunk_b
     }
     const uint8_t *payload = chunk + block->payload_offset;
     uint8_t *classes = bytes;
-    int8_t *shifts = (int8_t *)bytes + width;
+    int8_t *fineness = (int8_t *)bytes + width, *shifts = fineness + n_rows;
     KRUL_TRY(krul_predict_read_side(layer->levels, layer->width, run->n_rows, profile->unit_table,
                                     profile->n_tables, payload, (size_t)entry->payload_bytes,
-                                    classes, shifts, step_out, &side_bytes, err));
+                                    classes, fineness, shifts, step_out, &side_bytes, err));
     KRUL_TRY(krul_entropy_columns_open(payload + side_bytes,
                                        (size_t)entry->payload_bytes - side_bytes, width * n_rows,
                                        &parts, err));
@@ -626,9 +626,10 @@ fill_unit(const krul_device_chains *chains, const uint8_t *chunk, size_t chunk_b
         return krul_fail(err, KRUL_STATUS_CORRUPT, "one of %u escapes in %zu bytes is malformed",
                          (unsigned)parts.n_escapes, parts.escapes_bytes);
     }
-    uint8_t any_shift = 0;
+    uint8_t any_shift = 0, any_fineness = 0;
     for (size_t i = 0; i < n_rows; i++) {
         any_shift |= (uint8_t)shifts[i];
+        any_fineness |= (uint8_t)fineness[i];
     }
     int32_t n_used = layer->width;
     while (n_used > 0 && classes[n_used - 1] == KRUL_ENTROPY_NO_SYMBOLS) {
@@ -639,10 +640,12 @@ fill_unit(const krul_device_chains *chains, const uint8_t *chunk, size_t chunk_b
         .states_at = (uint64_t)(parts.states - chunk),
         .escapes_at = (uint64_t)(parts.escapes - chunk),
         .classes_at = (uint64_t)(classes - chunk),
+        .fineness_at = (uint64_t)((uint8_t *)fineness - chunk),
         .shifts_at = (uint64_t)((uint8_t *)shifts - chunk),
         .words_bytes = (uint32_t)parts.words_bytes,
         .n_escapes = parts.n_escapes,
         .has_shifts = any_shift != 0,
+        .has_fineness = any_fineness != 0,
         .n_rows = (int32_t)run->n_rows,
         .n_tokens = (int32_t)run->n_tokens,
         .token = run->token_start - chains->token_start,
@@ -727,7 +730,7 @@ krul_device_predict_bound(const krul_device_block *blocks, int32_t n_blocks)
         const krul_store_entry *entry = blocks[i].entry;
         n_bytes += sizeof(krul_device_predict_unit) +
                    2 * (size_t)entry->n_heads * (size_t)entry->head_dim +
-                   (size_t)entry->n_batch * (size_t)entry->n_tokens;
+                   2 * (size_t)entry->n_batch * (size_t)entry->n_tokens;
     }
     return n_bytes;
 }
@@ -779,7 +782,8 @@ krul_device_predict_prepare(krul_device_chains *chains, uint8_t *chunk, size_t c
         at_work = i;
         KRUL_TRY(check_block(chains, &blocks[i], &run, err));
         size_t width = (size_t)profile->layers[entry->layer_lower].width;
-        if (krul_add_overflows(bytes_at, width + (size_t)run->n_rows, &end) || end > chunk_bytes) {
+        if (krul_add_overflows(bytes_at, width + 2 * (size_t)run->n_rows, &end) ||
+            end > chunk_bytes) {
             status = krul_fail(err, KRUL_STATUS_BAD_VALUE,
                                "a chunk of %zu bytes cannot take what block %d of %d needs",
                                chunk_bytes, (int)i, (int)n_blocks);

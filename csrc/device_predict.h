@@ -108,13 +108,15 @@ typedef struct krul_device_predict_unit {
     uint64_t states_at; /* KRUL_ENTROPY_STATES_BYTES, then the words; of any alignment */
     uint64_t escapes_at;
     uint64_t classes_at; /* n_used u8 */
+    uint64_t fineness_at; /* n_rows i8 */
     uint64_t shifts_at; /* n_rows i8 */
     uint32_t words_bytes;
     uint32_t n_escapes;
-    uint32_t has_shifts; /* is one of them not 0? */
+    uint32_t has_fineness; /* is one of them not 0? */
+    uint32_t has_shifts; /* likewise */
     int32_t n_rows; /* n_batch x n_tokens */
     int32_t n_tokens;
-    float factor; /* numbers are multiplied by it */
+    float factor; /* numbers are multiplied by it, and by what fineness makes of a row */
     int64_t row; /* of the batch */
     int64_t token; /* of the cosines */
     void *data[2]; /* K and V, NULL: not wanted */
@@ -145,7 +147,7 @@ typedef struct krul_device_predict_batch {
 /* Most bytes that preparing these blocks writes behind them. */
 size_t krul_device_predict_bound(const krul_device_block *blocks, int32_t n_blocks);
 
-/* Check the payloads and write units, classes and shifts into the chunk, from used_bytes on. Blocks
+/* Check the payloads and write units, classes, fineness and shifts into the chunk, from used_bytes on. Blocks
  * stand layer by layer, within one by token; every source must have been prepared before, in this
  * call or an earlier one, and the work of all calls must be enqueued in their order. Fails as a
  * whole: then nothing counts as prepared. Views may hold a block's first tokens only. batches_out

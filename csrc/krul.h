@@ -423,6 +423,9 @@ enum {
     KRUL_PREDICT_MAX_SOURCES = 2,
     KRUL_PREDICT_MAX_WIDTH = 1 << 15,
     KRUL_PREDICT_DIGEST_BYTES = 32,
+    /* How much finer a token may be quantised than its block: its step is 2^(-fineness/3) steps. */
+    KRUL_PREDICT_MIN_FINENESS = -6,
+    KRUL_PREDICT_MAX_FINENESS = 12,
 };
 
 #define KRUL_PREDICT_MIN_STEP 1e-6f
@@ -505,14 +508,15 @@ void krul_predict_free(krul_predict *predict);
 krul_status krul_predict_bound(const krul_predict *predict, int32_t layer, int64_t n_tokens,
                                size_t *n_bytes_out, krul_error *err) KRUL_MUST_CHECK;
 
-/* Encode the K (views[0]) and V of the tokens from token_start on. *fits_out false: a value is not
+/* Encode the K (views[0]) and V of the tokens from token_start on, each token with its own fineness,
+ * or all with 0 where `fineness` is NULL. *fits_out false: a value is not
  * finite, too large for the step, or would not come back finite; then the chain is broken and what
  * follows in it must be coded otherwise. error_out receives sum |x - decoded|^2 and sum |x|^2,
  * before rotary embedding. One thread may work on a chain at a time. */
 krul_status krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t layer,
                                 int64_t token_start, const krul_view views[2], float step,
-                                uint8_t *payload_out, size_t capacity_bytes, size_t *n_bytes_out,
-                                bool *fits_out, double error_out[2],
+                                const int8_t *fineness, uint8_t *payload_out, size_t capacity_bytes,
+                                size_t *n_bytes_out, bool *fits_out, double error_out[2],
                                 krul_error *err) KRUL_MUST_CHECK;
 
 /* Decode a block of n_tokens. A view with data NULL is not wanted; with both, the block is decoded

@@ -65,6 +65,17 @@ read_escape(const uint8_t *&escapes)
     return (int32_t)(folded >> 1 ^ (0u - (folded & 1u)));
 }
 
+/* 2^(-fineness/3), the very float that krul_predict_row_step returns. */
+static __device__ __forceinline__ float
+row_step(int32_t fineness)
+{
+    const int32_t above = 3 * 8; /* so that what is divided is not negative */
+    int32_t octaves = (fineness + above) / 3 - 8;
+    int32_t rest = fineness - 3 * octaves;
+    float part = rest == 0 ? 1.0f : rest == 1 ? 0.79370052598409974f : 0.62996052494743658f;
+    return part * __int_as_float((127 - octaves) << 23);
+}
+
 static __global__ void
 __launch_bounds__(WARP)
     decode_numbers(const uint8_t *chunk, const krul_device_predict_unit *units, int32_t n_used,
@@ -75,11 +86,12 @@ __launch_bounds__(WARP)
     const uint32_t lane = threadIdx.x;
     const uint32_t lower_lanes = (1u << lane) - 1;
     const uint8_t *classes = chunk + unit.classes_at;
+    const int8_t *fineness = (const int8_t *)chunk + unit.fineness_at;
     const int8_t *shifts = (const int8_t *)chunk + unit.shifts_at;
     const uint8_t *escapes = chunk + unit.escapes_at;
     const uint8_t *first_word = chunk + unit.states_at + KRUL_ENTROPY_STATES_BYTES;
     const uint32_t n_rows = (uint32_t)unit.n_rows;
-    const bool has_shifts = unit.has_shifts != 0;
+    const bool has_fineness = unit.has_fineness != 0, has_shifts = unit.has_shifts != 0;
     const float factor = unit.factor;
     uint32_t skipped = (uint32_t)(uintptr_t)first_word & 3u;
     const word_source source = {(const uint32_t *)(first_word - skipped),
@@ -148,6 +160,9 @@ __launch_bounds__(WARP)
                 is_damaged |= named < KRUL_ENTROPY_ESCAPE &&
                               frequencies[own_table * 256 + (int32_t)named] != 0;
                 value = (int)lane == marked ? (float)number : value;
+            }
+            if (has_fineness && is_active) {
+                value *= row_step(fineness[row + lane]);
             }
             /* Rows that fill up are zeros in every layer. */
             out[row] = is_active ? value * factor : 0.0f;

@@ -169,6 +169,8 @@ class Encoder:
     work: Work
     blocks: dict[_Key, tuple[Encoded, ...]] = field(default_factory=dict)
     n_left: dict[str, int] = field(default_factory=dict)  # by their devices to the CPU, and why
+    #: int8, n_layers x n_tokens: of codec predict, see `selector.token_fineness`; None: all alike.
+    fineness: np.ndarray | None = None
     _errors: dict[str, dict[tuple[int, int], tuple[float, int]]] = field(default_factory=dict)
 
     def token_range(self, layer: int) -> tuple[int, int]:
@@ -301,14 +303,14 @@ class Encoder:
                 if result is None:
                     made |= self._encode_exactly(chain)
                     continue
-                for key, (_, _, keys_here, _), (payload, error, power) in zip(
+                for key, (_, _, keys_here, _, _), (payload, error, power) in zip(
                     chain, run, result, strict=True
                 ):
                     entry = self._entry(key, keys_here)._replace(payload_bytes=len(payload))
                     made[key] = (Encoded(entry, payload, error, power),)
         return made
 
-    def _run_of(self, start: int, chain: Sequence[_Key]) -> list[tuple[int, int, Any, Any]]:
+    def _run_of(self, start: int, chain: Sequence[_Key]) -> list[tuple[int, int, Any, Any, Any]]:
         """Return what a chain encodes: of each of its layers the K and V of a run of tokens."""
         end = next(e for s, e in self.runs(chain[0][2], KEY) if s == start)
         return [
@@ -317,6 +319,7 @@ class Encoder:
                 start,
                 on_cpu(self.tensor(key[2], KEY, start, end)),
                 on_cpu(self.tensor(key[2], VALUE, start, end)),
+                None if self.fineness is None else self.fineness[key[2], start:end],
             )
             for key in chain
         ]

@@ -7,22 +7,28 @@ evidence, not proof: damage that only a later question would reveal is not seen.
 
 Nothing of the decoded cache is kept: a layer is decoded when the model asks for it, into memory
 that the next layer uses again.
+
+The tokens before those tell something else: which tokens the model looks at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .model import input_device, text_config
+from . import observe
+from .estimator import Estimator
+from .model import decoder_layers, input_device, text_config
 
-__all__ = ["Verdict", "measure"]
+__all__ = ["Guard", "Held", "Verdict"]
 
 # Rows of the vocabulary compared at a time, to bound the float32 copies of large vocabularies.
 _ROWS = 2
@@ -98,74 +104,193 @@ def _cache_over(
     return cache
 
 
-def _logits(model: Any, cache: DynamicCache, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(past_key_values=cache, use_cache=True, **inputs).logits
+@dataclass(frozen=True)
+class Held:
+    """K/V of the tokens before some position, layer by layer.
+
+    Attributes
+    ----------
+    layers : list of callables, or None for a layer without K/V of its own
+        Each returns keys and values, shape (n_batch, n_kv_heads, n_held, head_dim). The result is
+        used before the next layer's function is called.
+    n_held : list of int
+        How many tokens each returns; fewer than the position for a sliding window.
+    """
+
+    layers: list[Callable[[], KeysAndValues] | None]
+    n_held: list[int]
 
 
-def measure(
-    model: Any,
-    *,
-    token_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    n_guard: int,
-    n_held: list[int],
-    exact: list[Callable[[], KeysAndValues] | None],
-    decoded: list[Callable[[], KeysAndValues] | None],
-) -> Verdict:
-    """Run the last `n_guard` tokens over the exact and over the decoded K/V and compare.
+class Guard:
+    """The last tokens of a conversation, to be run over its K/V.
 
     Parameters
     ----------
     model : transformers model
-        In training mode it is switched to evaluation for the two passes and back.
+        In training mode it is switched to evaluation for each pass and back.
     token_ids : torch.Tensor
         int64, shape (n_batch, n_tokens): the whole conversation.
     attention_mask : torch.Tensor or None
         Shape (n_batch, n_tokens), 0 for padding; None when there is none.
     position_ids : torch.Tensor or None
         int64, shape (n_batch, n_tokens); None for 0, 1, 2, ...
+    exact : callable
+        Takes a position and returns the exact K/V before it, a `Held`.
     n_guard : int
-        Tokens to run, at least 1 and fewer than n_tokens.
-    n_held : list of int
-        For each layer, how many of the tokens before the guard's its functions return; fewer than
-        ``n_tokens - n_guard`` for a sliding window.
-    exact, decoded : list of callables, or None for a layer without K/V of its own
-        Each returns keys and values, shape (n_batch, n_kv_heads, n_held, head_dim). The result is
-        used before the next layer's function is called.
-
-    Returns
-    -------
-    Verdict
-        Over all real tokens of all batches.
-
-    Notes
-    -----
-    Costs two forward passes of `n_guard` tokens, and one decoding of the cache.
+        Tokens that `measure` runs; fewer than n_tokens.
     """
-    n_tokens = token_ids.shape[1]
-    n_before = n_tokens - n_guard
-    device = input_device(model)
-    mask = torch.ones_like(token_ids) if attention_mask is None else attention_mask
-    positions = torch.arange(n_tokens, device="cpu")[None] if position_ids is None else position_ids
-    inputs = {
-        "input_ids": token_ids[:, n_before:].to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions[..., n_before:].to(device),
-    }
-    config = text_config(model)
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        token_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        exact: Callable[[int], Held],
+        n_guard: int,
+    ) -> None:
+        self.model, self.exact, self.n_guard = model, exact, n_guard
+        self.n_tokens = token_ids.shape[1]
+        self.n_before = self.n_tokens - n_guard
+        self._token_ids = token_ids
+        self._mask = torch.ones_like(token_ids) if attention_mask is None else attention_mask
+        self._positions = (
+            torch.arange(self.n_tokens, device="cpu")[None]
+            if position_ids is None
+            else position_ids
+        )
+        self._expected: torch.Tensor | None = None
+
+    def _inputs(self, start: int, end: int, held: Held) -> dict[str, Any]:
+        device = input_device(self.model)
+        return {
+            "input_ids": self._token_ids[:, start:end].to(device),
+            "attention_mask": self._mask[:, :end].to(device),
+            "position_ids": self._positions[..., start:end].to(device),
+            "past_key_values": _cache_over(
+                text_config(self.model), held.layers, start, held.n_held
+            ),
+            "use_cache": True,
+        }
+
+    def _logits(self, held: Held) -> torch.Tensor:
+        with _evaluating(self.model):
+            return self.model(**self._inputs(self.n_before, self.n_tokens, held)).logits
+
+    def measure(self, decoded: Held) -> Verdict:
+        """Run the last tokens over the exact and over decoded K/V, and compare.
+
+        Parameters
+        ----------
+        decoded : Held
+            Before position ``n_tokens - n_guard``, as it would be restored.
+
+        Returns
+        -------
+        Verdict
+            Over all real tokens of all batches.
+
+        Notes
+        -----
+        Costs a forward pass of `n_guard` tokens, another one the first time, whose logits are kept,
+        and one decoding of the cache.
+        """
+        if self._expected is None:
+            self._expected = self._logits(self.exact(self.n_before)).flatten(0, 1)
+        after = self._logits(decoded).flatten(0, 1)
+        is_real = self._mask[:, self.n_before :].reshape(-1).bool()
+        return _compare(self._expected, after, is_real)
+
+    def received(self, n_queries: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what attention each token gets from the tokens before those that `measure` runs.
+
+        These have no say themselves: what they look at would be kept better than it deserves, and
+        then be asked for by them alone.
+
+        Parameters
+        ----------
+        n_queries : int
+            Tokens to run, at least 1; `n_queries` and `n_guard` are fewer than n_tokens together.
+
+        Returns
+        -------
+        received : numpy.ndarray
+            float32, n_layers x (n_tokens - n_guard): attention mass, summed over heads, queries and
+            batches; 0 in layers that could not be observed.
+        n_seen : numpy.ndarray
+            int64, n_tokens - n_guard: queries that each token is seen by.
+
+        Raises
+        ------
+        krul.UnsupportedModelError
+            The attention of this model cannot be observed.
+
+        Notes
+        -----
+        Costs a forward pass of `n_queries` tokens and their attention once more.
+        """
+        start = self.n_before - n_queries
+        seen = _Received(start)
+        decoder, layers = decoder_layers(self.model)
+        with observe.install(self.model) as handle, _evaluating(self.model):
+            inputs = self._inputs(start, self.n_before, self.exact(start))
+            with observe.observing(seen, handle, n_past=start):  # type: ignore[arg-type]
+                decoder(**inputs)
+        received = np.zeros((len(layers), self.n_before), np.float32)
+        for layer, found in seen.results().items():
+            received[layer] = found[: self.n_before]
+        n_seen = np.minimum(n_queries, self.n_before - np.arange(self.n_before))
+        return received, n_seen
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
     was_training = model.training
     if was_training:
         model.eval()
     try:
         with torch.no_grad():
-            before = _logits(model, _cache_over(config, exact, n_before, n_held), inputs)
-            after = _logits(model, _cache_over(config, decoded, n_before, n_held), inputs)
+            yield
     finally:
         if was_training:
             model.train()
-    is_real = mask[:, n_before:].reshape(-1).bool()
-    return _compare(before.flatten(0, 1), after.flatten(0, 1), is_real)
+
+
+class _Received:
+    """Takes an estimator's place: one for each layer, as layers are not to be compared."""
+
+    def __init__(self, n_past: int) -> None:
+        self.n_past = n_past
+        self.by_layer: dict[int, Estimator] = {}
+
+    def begin(self, n_past: int | None = None) -> None:
+        pass
+
+    def pick_rows(self, layer: int, n_queries: int) -> np.ndarray | None:
+        if layer in self.by_layer:
+            return None
+        made = self.by_layer[layer] = Estimator(1, rows="all", decode_every=1)
+        made.begin(self.n_past)
+        return made.pick_rows(0, n_queries)
+
+    def collect(self, layer: int, queries: Any, keys: Any, **options: Any) -> None:
+        own = self.by_layer[layer]
+        own.collect(0, queries, keys, **options)
+        for other in self.by_layer.values():
+            other.wait()  # so that keys of few layers are borrowed at a time
+        own.finish()
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self, reason: str | None = None) -> None:
+        pass
+
+    def results(self) -> dict[int, np.ndarray]:
+        """Return what the tokens of each layer received."""
+        found = {layer: each.result() for layer, each in self.by_layer.items()}
+        return {layer: each.received[0] for layer, each in found.items() if each.n_prefill_rows > 0}
 
 
 def _compare(before: torch.Tensor, after: torch.Tensor, is_real: torch.Tensor) -> Verdict:

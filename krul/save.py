@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from . import _core, guard
+from . import _core, guard, selector
 from .cache import Cache
 from .compressor import CODECS, MAX_BLOCK_TOKENS
 from .costs import CostBook
 from .device import CPU, Marks, devices_of, on_cpu
 from .encode import KEY, VALUE, Encoded, Encoder, Layer, Strategy, Work, dtype_name
-from .errors import DTypeError
+from .errors import DTypeError, UnsupportedModelError
 from .fingerprint import check_fingerprint, fingerprint
 from .history import Snapshot
 from .learn import learn
@@ -33,12 +35,19 @@ from .source import starts_by_layer, whole_blocks
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
 from .strategy import error_of, find_predicted, strategies, summary
 
-__all__ = ["save_cache"]
+__all__ = ["N_QUERIES", "save_cache"]
 
 _PREDICT = CODECS["predict"]
 
 # Under which the book of costs has what integers do, where there is no profile to name.
 _INTEGERS = "integers"
+# And a profile, where tokens have steps of their own.
+_BY_ATTENTION = " by attention"
+
+#: Tokens that tell what is looked at.
+N_QUERIES, _FEWEST_QUERIES = 128, 16
+# New tokens, at least, among which some are kept better than others.
+_FEWEST_RANKED = 128
 
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:
@@ -239,35 +248,71 @@ def _n_guard(work: Work) -> int:
     return n_guard
 
 
-def _measure(work: Work, encoded: list[Encoded], n_guard: int) -> guard.Verdict:
-    n_before = work.n_tokens - n_guard
+def _n_queries(work: Work, n_guard: int) -> int:
+    """How many tokens before the guard's tell what is looked at; 0 where there are too few."""
+    if work.n_new_tokens - n_guard < _FEWEST_RANKED:
+        return 0  # nothing to choose from
+    n_queries = min(N_QUERIES, (work.n_tokens - n_guard) // 2)
+    for state in work.layers:
+        if state is not None and state.kind == "sliding":
+            n_queries = min(n_queries, state.tensors[KEY].shape[2] // 2 - n_guard)
+    return n_queries if n_queries >= _FEWEST_QUERIES else 0
+
+
+def _held(work: Work, n_before: int, of_layer: Callable[[int], Callable[[], Any]]) -> guard.Held:
+    is_held = [state is not None for state in work.layers]
+    return guard.Held(
+        [of_layer(index) if is_one else None for index, is_one in enumerate(is_held)],
+        [0 if state is None else n_before - state.token_start for state in work.layers],
+    )
+
+
+def _new_guard(work: Work, n_guard: int) -> guard.Guard:
+    def exact(n_before: int) -> guard.Held:
+        def of_layer(index: int) -> Callable[[], Any]:
+            state = work.layers[index]
+            assert state is not None
+            n_held = n_before - state.token_start
+            return lambda: tuple(tensor[:, :, :n_held] for tensor in state.tensors)
+
+        return _held(work, n_before, of_layer)
+
+    return guard.Guard(
+        work.model,
+        token_ids=work.snapshot.token_ids,
+        attention_mask=work.snapshot.attention_mask,
+        position_ids=work.snapshot.positions,
+        exact=exact,
+        n_guard=n_guard,
+    )
+
+
+def _measure(work: Work, encoded: list[Encoded], watch: guard.Guard) -> guard.Verdict:
     decoder = _Decoder(work, encoded)
-    exact: list[Any] = []
-    decoded: list[Any] = []
-    n_held = []
-    for index, state in enumerate(work.layers):
-        if state is None:
-            exact.append(None)
-            decoded.append(None)
-            n_held.append(0)
-            continue
-        n = n_before - state.token_start
-        n_held.append(n)
-        exact.append(lambda s=state, n=n: tuple(t[:, :, :n] for t in s.tensors))
-        decoded.append(lambda i=index: decoder.layer(i, n_before))
+    n_before = watch.n_before
     try:
-        return guard.measure(
-            work.model,
-            token_ids=work.snapshot.token_ids,
-            attention_mask=work.snapshot.attention_mask,
-            position_ids=work.snapshot.positions,
-            n_guard=n_guard,
-            n_held=n_held,
-            exact=exact,
-            decoded=decoded,
+        return watch.measure(
+            _held(work, n_before, lambda index: lambda: decoder.layer(index, n_before))
         )
     finally:
         decoder.close()
+
+
+def _fineness(work: Work, watch: guard.Guard, notes: list[str]) -> np.ndarray | None:
+    """Ask which tokens the model looks at, to keep them better; None where it cannot be."""
+    n_queries = _n_queries(work, watch.n_guard)
+    if n_queries == 0:
+        return None
+    try:
+        received, n_seen = watch.received(n_queries)
+    except UnsupportedModelError as error:
+        notes.append(f"all tokens are kept alike: {error}")
+        return None
+    first = max(work.settings.keep_first, work.n_stored_tokens)
+    n_after = work.n_tokens - received.shape[1]
+    return selector.token_fineness(
+        np.pad(received, ((0, 0), (0, n_after))), np.pad(n_seen, (0, n_after)), first
+    )
 
 
 def _check_bits(work: Work, encoder: Encoder, encoded: list[Encoded]) -> None:
@@ -303,6 +348,7 @@ def _select(
     work = encoder.work
     settings = work.settings
     n_guard = _n_guard(work) if settings.guard_tokens else 0
+    watch = _new_guard(work, n_guard)
     nothing = guard.Verdict(math.nan, math.nan, math.nan, 0)
     encoded: list[Encoded] = []
     if settings.codec in ("auto", "predict"):
@@ -314,15 +360,21 @@ def _select(
             if not settings.guard_tokens:
                 return made, nothing
             started = time.perf_counter()
-            verdict = _measure(work, made, n_guard)
+            verdict = _measure(work, made, watch)
             seconds["guard"] += time.perf_counter() - started
-            book.add_divergence(strategy.profile, strategy.step, verdict.mean_kl)
+            book.add_divergence(known_as, strategy.step, verdict.mean_kl)
             return made, verdict
 
-        first = None
-        if work.profile is not None:
-            first = book.step_for(work.profile.digest, settings.max_kl)
         if n_guard > 0 or (settings.codec == "predict" and not settings.guard_tokens):
+            first, known_as = None, ""
+            if encoder.predicted_layers():
+                assert work.profile is not None
+                started = time.perf_counter()
+                encoder.fineness = _fineness(work, watch, notes)
+                seconds["guard"] += time.perf_counter() - started
+                is_plain = encoder.fineness is None
+                known_as = work.profile.digest + ("" if is_plain else _BY_ATTENTION)
+                first = book.step_for(known_as, settings.max_kl)
             found = find_predicted(encoder, notes, first, measure)
             if found is not None:
                 if not settings.guard_tokens:
@@ -350,7 +402,7 @@ def _select(
         if not settings.guard_tokens:
             notes.append("the guard is off: nothing was measured")
             return strategy, encoded, nothing
-        verdict = _measure(work, encoded, n_guard)
+        verdict = _measure(work, encoded, watch)
         seconds["guard"] += time.perf_counter() - started
         if settings.codec in ("auto", "predict"):
             step = math.sqrt(error_of(encoder, strategy))

@@ -14,7 +14,15 @@ import numpy as np
 from . import _core
 from .errors import ShapeError
 
-__all__ = ["choose_pairs", "fixed_pairs", "pair_count"]
+__all__ = ["choose_pairs", "fixed_pairs", "pair_count", "token_fineness"]
+
+# Levels, of which three halve a step, for twice the attention.
+_LEVELS_PER_DOUBLING = 1.5
+_LEAST_FINENESS, _MOST_FINENESS = -4, 12
+_LEAST_SHARE = 1e-12
+# What fewer queries than these see is not known, and taken to be like so many before it.
+_MIN_SEEN = 8
+_N_NEWEST = 64
 
 
 def pair_count(n_layers: int, ratio: float) -> int:
@@ -124,3 +132,56 @@ def fixed_pairs(layer_class: Any, n_pairs: int) -> np.ndarray:
     if layer_class.ndim != 1:
         raise ShapeError(f"layer_class is {layer_class.shape} but must have 1 dimension")
     return _core.fixed_pairs(layer_class, n_pairs)
+
+
+def token_fineness(received: Any, n_seen: Any, first: int = 0) -> np.ndarray:
+    """Say how much finer than others a token is to be quantised, by the attention that it gets.
+
+    An error in K or V does harm in proportion to the attention that is paid to it, which tokens
+    share by orders of magnitude: most goes to the newest, and to more or fewer of them by layer.
+
+    Parameters
+    ----------
+    received : array_like
+        n_layers x n_tokens: attention mass that each token received.
+    n_seen : array_like
+        n_tokens: queries that could see it.
+    first : int
+        The first of the tokens that are to be coded; those before it are no measure for others.
+
+    Returns
+    -------
+    numpy.ndarray
+        int8, n_layers x n_tokens: a token's step is ``2 ** (-fineness / 3)`` times the step of all.
+        0 for the median of a layer's tokens, and for layers of which nothing is known. Tokens that
+        too few queries see, which are the newest, are taken to be like those before them.
+
+    Raises
+    ------
+    krul.ShapeError
+        The arrays do not fit together.
+
+    Examples
+    --------
+    >>> token_fineness([[1.0, 1.0, 4.0, 64.0, 1.0]], [20] * 5).tolist()
+    [[0, 0, 3, 9, 0]]
+    """
+    received, n_seen = np.asarray(received, np.float64), np.asarray(n_seen)
+    if received.ndim != 2 or n_seen.shape != received.shape[1:]:
+        raise ShapeError(
+            f"received is {received.shape} and n_seen {n_seen.shape} but they must be layers x "
+            "tokens, and tokens"
+        )
+    fineness = np.zeros(received.shape, np.int8)
+    is_known = n_seen >= _MIN_SEEN
+    is_usual = is_known & (np.arange(len(n_seen)) >= first)
+    if not is_usual.any():
+        return fineness
+    for layer, mass in enumerate(received):
+        if not np.isfinite(mass).all() or not mass.any():
+            continue
+        share = np.log2(np.maximum(mass / np.maximum(n_seen, 1), _LEAST_SHARE))
+        levels = np.rint(_LEVELS_PER_DOUBLING * (share - np.median(share[is_usual])))
+        levels[~is_known] = np.rint(np.median(levels[is_usual][-_N_NEWEST:]))
+        fineness[layer] = np.clip(levels, _LEAST_FINENESS, _MOST_FINENESS)
+    return fineness

@@ -29,9 +29,12 @@ _MAX_TRIES = 5
 # What is mixed tensor by tensor where no profile is known, coarse to fine, and how often anew.
 _MIXED = ("int4", "int8")
 _MAX_MIXTURES = 3
-# Before anything was measured of a model.
-_FIRST_STEP = 0.5
+# Before anything was measured of a model: with one step for all tokens, and steps by attention.
+_FIRST_STEPS = (0.5, 1.0)
 _STEP_RANGE = (0.002, 8.0)
+# Where steps go by attention the guard's tokens, which look at what is near, say little of what is
+# far: no coarser than this, at which facts in a long text are still found (bench_quality).
+_MOST_STEP_BY_ATTENTION = 1.5
 
 
 def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
@@ -128,11 +131,14 @@ def find_predicted(
     except (NotImplementedError, ValueError) as error:
         notes.append(f"predict cannot be used: {error}")
         return None
-    step = _FIRST_STEP
+    step = _FIRST_STEPS[encoder.fineness is not None]
+    finest, coarsest = _STEP_RANGE
+    if encoder.fineness is not None:
+        coarsest = _MOST_STEP_BY_ATTENTION
     is_limited = settings.guard_tokens > 0 and math.isfinite(settings.max_kl)
     if first_step is not None and is_limited:
         # `first_step` would reach what is allowed; its square is proportional to the divergence.
-        step = min(max(first_step * math.sqrt(_AIM), _STEP_RANGE[0]), _STEP_RANGE[1])
+        step = min(max(first_step * math.sqrt(_AIM), finest), coarsest)
     best: Tried | None = None
     refused = math.inf
     for _ in range(_MAX_TRIES):
@@ -146,16 +152,16 @@ def find_predicted(
         if accepts and verdict.mean_kl <= _MOST * settings.max_kl:
             best = strategy, encoded, verdict
             is_enough = not is_limited or verdict.mean_kl >= _ENOUGH * settings.max_kl
-            if is_enough or step >= _STEP_RANGE[1]:
+            if is_enough or step >= coarsest:
                 break
-            following = min(guessed, 2 * step, _STEP_RANGE[1])
+            following = min(guessed, 2 * step, coarsest)
             if following >= refused:
                 following = math.sqrt(step * refused)
             if following < 1.1 * step:
                 break
         else:
             refused = step
-            following = max(min(guessed, 0.8 * step), _STEP_RANGE[0])
+            following = max(min(guessed, 0.8 * step), finest)
             if best is not None and following < 1.1 * best[0].step:
                 break
             if following >= step:

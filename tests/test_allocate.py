@@ -51,7 +51,7 @@ def test_more_error_never_costs_more_bytes(rows, left, right):
 def save_under(store, model, monkeypatch, kl_per_error, seen):
     """Save a chat while the guard says that divergence is in proportion to the error."""
 
-    def measure(work, encoded, n_guard):
+    def measure(work, encoded, watch):
         by_tensor = {}
         for block in encoded:
             entry = block.entry
@@ -60,7 +60,7 @@ def save_under(store, model, monkeypatch, kl_per_error, seen):
             total[1] += block.power
         error = sum(e / p for e, p in by_tensor.values())
         seen.append((sum(block.entry.payload_bytes for block in encoded), error))
-        return guard.Verdict(kl_per_error * error, math.nan, 1.0, n_guard)
+        return guard.Verdict(kl_per_error * error, math.nan, 1.0, watch.n_guard)
 
     monkeypatch.setattr(save, "_measure", measure)
     ids = models.token_ids(1, 200)

@@ -180,11 +180,12 @@ def predictor(
     )
 
 
-def encode(profile, arrays, step=STEP, start=0, **options):
+def encode(profile, arrays, step=STEP, start=0, fineness=None, **options):
     """Encode one chain; by layer (payload, error, power), or None where it does not fit."""
     first = next(iter(arrays.values()))[0]
     n_batch, _, n_tokens, _ = first.shape
-    chain = [(layer, start, *both) for layer, both in arrays.items()]
+    more = () if fineness is None else (fineness,)
+    chain = [(layer, start, *both, *more) for layer, both in arrays.items()]
     made = predictor(profile, n_batch, start + n_tokens, **options)
     found = made.encode([chain], step, 1)[0]
     return None if found is None else dict(zip(arrays, found, strict=True))
@@ -234,7 +235,7 @@ def bounds(profile, payloads, n_rows, is_narrow=False):
         layer = profile.layers[index]
         block = reference.read(profile, layer, payload, n_rows)
         rows[index] = reference.decode(profile, index, payload, rows, n_rows)
-        own = np.abs(block.step * block.values.T) @ np.abs(np.float64(layer.backward))
+        own = np.abs(block.numbers) @ np.abs(np.float64(layer.backward))
         sized, carried = 0.0, 0.0
         if layer.sources:
             together = np.concatenate([np.abs(rows[s]) + off[s] for s in layer.sources], axis=1)
@@ -243,7 +244,7 @@ def bounds(profile, payloads, n_rows, is_narrow=False):
             for part in parts:
                 together, wrong = (each @ np.abs(np.float64(part)) for each in (together, wrong))
             sized, carried = together, wrong
-        n_terms = layer.width * (len(layer.sources) + 1) + 8
+        n_terms = layer.width * (len(layer.sources) + 1) + 9
         if layer.left is not None:
             n_terms += layer.left.shape[1]
         rounded_maps = rounded * (1 if layer.left is None else 2)
@@ -279,8 +280,10 @@ def assert_decoded(profile, payloads, found, token_start=0, dtype="float32", is_
             assert (wrong <= limit).all(), (index, (wrong / limit).max())
 
 
-def assert_coded_well(profile, arrays, coded, step=STEP, start=0):
+def assert_coded_well(profile, arrays, coded, step=STEP, start=0, fineness=0):
     """The numbers are those that the reference rounds to, and classes and shifts are the best.
+
+    Of all classes together that the best are hardly better.
 
     Where a coefficient lies so near to the middle of two numbers that float32 may go either way,
     either is right. Its error is a sum of roundings, each as likely up as down: 16 standard
@@ -295,22 +298,26 @@ def assert_coded_well(profile, arrays, coded, step=STEP, start=0):
         exact = reference.to_rows(layer, *(each.double().numpy() for each in both), start)
         block = reference.read(profile, layer, payload, n_rows)
         assert block.step == np.float32(step)
+        assert np.array_equal(block.fineness, np.resize(fineness, n_rows))
         assert reference.write(profile, layer, block) == payload
-        wanted = reference.coefficients(profile, index, exact, rows, block.step)
+        steps = block.step * reference.row_steps(block.fineness)
+        wanted = reference.coefficients(profile, index, exact, rows, steps)
         before = np.abs(exact) + np.abs(layer.mean) + np.abs(reference.predicted(layer, rows))
         row_size = np.linalg.norm(before, axis=1)
         column_size = np.linalg.norm(layer.forward, axis=0)
-        margin = 16 * unit * np.sqrt(layer.width) * np.outer(column_size, row_size) / block.step
+        margin = 16 * unit * np.sqrt(layer.width) * np.outer(column_size, row_size) / steps
         assert margin.max() < 0.05  # or the test says nothing
         assert (np.abs(block.values - wanted) <= 0.5 + margin).all()
         is_zero = ~block.values.any(1)
         assert ((block.classes == 255) == is_zero).all()
+        taken = fewest = 1.0
         for column, own in zip(block.values, block.classes, strict=True):
             if own != 255:
-                bits = reference.class_bits(profile, column)
-                assert bits[own] <= bits.min() * (1 + 1e-5)
-        bits = reference.shift_bits(profile, block.classes, block.values)
-        own = bits[block.shifts.astype(int) + 4, np.arange(n_rows)]
+                bits = reference.class_bits(profile, column, block.fineness)
+                taken, fewest = taken + bits[own], fewest + bits.min()
+        assert taken <= 1.01 * fewest + 32
+        bits = reference.shift_bits(profile, block.classes, block.values, block.fineness)
+        own = bits[block.shifts.astype(int) - block.fineness + 4, np.arange(n_rows)]
         assert (own <= bits.min(0) * (1 + 1e-5) + 1e-5).all()
         error, power = coded[index][1:]
         difference = ((exact - rows[index]) ** 2).sum()
@@ -318,11 +325,14 @@ def assert_coded_well(profile, arrays, coded, step=STEP, start=0):
         assert power == pytest.approx(((exact + layer.mean) ** 2).sum(), rel=1e-4)
 
 
-def assert_chain(profile, dtype="float32", n_batch=1, n_tokens=40, step=STEP, seed=0, start=0):
+def assert_chain(
+    profile, dtype="float32", n_batch=1, n_tokens=40, step=STEP, seed=0, start=0, fineness=None
+):
     """Encode, compare; decode, compare; let krul read what the reference writes."""
     arrays = made_arrays(profile, dtype, n_batch, n_tokens, start, seed)
-    coded = encode(profile, arrays, step, start)
-    assert_coded_well(profile, arrays, coded, step, start)
+    coded = encode(profile, arrays, step, start, fineness)
+    of_rows = np.resize(0 if fineness is None else fineness, n_batch * n_tokens)
+    assert_coded_well(profile, arrays, coded, step, start, of_rows)
     payloads = {index: payload for index, (payload, _, _) in coded.items()}
     found = decode(profile, payloads, arrays, start)
     assert_decoded(profile, payloads, found, start, dtype)
@@ -330,7 +340,9 @@ def assert_chain(profile, dtype="float32", n_batch=1, n_tokens=40, step=STEP, se
     for index, both in arrays.items():
         layer = profile.layers[index]
         exact = reference.to_rows(layer, *(each.double().numpy() for each in both), start)
-        theirs[index], decoded[index] = reference.encode(profile, index, exact, decoded, step)
+        theirs[index], decoded[index] = reference.encode(
+            profile, index, exact, decoded, step, of_rows
+        )
     found = decode(profile, theirs, arrays, start)
     assert_decoded(profile, theirs, found, start, dtype)
     return arrays, payloads
@@ -359,6 +371,49 @@ def test_sizes_of_real_models(head_dim, n_heads, n_tokens):
 def test_low_rank(rank):
     profile = made_profile(sources=((), (0,), (1, 0), (2,)), rank=rank)
     assert_chain(profile)
+
+
+EVERY_FINENESS = np.arange(-6, 13, dtype=np.int8)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+@pytest.mark.parametrize(
+    "fineness", [EVERY_FINENESS, np.full(19, 12, np.int8), np.full(19, -6, np.int8)]
+)
+def test_tokens_that_are_finer_or_coarser_than_the_step(fineness, n_batch):
+    profile = made_profile(n_batch=n_batch, n_tokens=19)
+    assert_chain(profile, "bfloat16", n_batch, 19, step=2.0, fineness=fineness)
+
+
+def test_a_finer_token_is_nearer_and_all_others_are_as_they_were():
+    profile = made_profile(2, 8, ((),), n_tokens=40)
+    arrays = made_arrays(profile)
+    fineness = np.zeros(40, np.int8)
+    fineness[7] = 9
+    plain, finer = (encode(profile, arrays, 1.0, fineness=x)[0][0] for x in (None, fineness))
+    assert encode(profile, arrays, 1.0, fineness=0 * fineness)[0][0] == plain
+    (found,) = decode(profile, {0: plain}, arrays).values()
+    (found_finer,) = decode(profile, {0: finer}, arrays).values()
+    others = np.arange(40) != 7
+    for own, new, exact in zip(found, found_finer, arrays[0], strict=True):
+        assert torch.equal(own[:, :, others], new[:, :, others])
+        wrong, less = ((x - exact)[:, :, 7].norm() for x in (own, new))
+        assert less < 0.25 * wrong
+
+
+@pytest.mark.parametrize(
+    ("fineness", "words"),
+    [
+        (np.full(40, 13, np.int8), "fineness of token 0 is 13 but must be from -6 to 12"),
+        (np.full(40, -7, np.int8), "fineness of token 0 is -7"),
+        (np.zeros(39, np.int8), "fineness of layer 0 is 39 numbers of format 'b' but must be 40"),
+        (np.zeros(40, np.uint8), "of format 'B' but must be 40 of int8"),
+    ],
+)
+def test_fineness_that_is_refused(fineness, words):
+    profile = made_profile()
+    with pytest.raises(ValueError, match=words):
+        encode(profile, made_arrays(profile), fineness=fineness)
 
 
 @pytest.mark.parametrize("are_batches_apart", [False, True])
@@ -399,10 +454,13 @@ def test_the_same_source_twice_and_sources_that_end_late():
     step=st.sampled_from([0.03, 0.3, 1.0, 1.5874010, 3.0, 40.0]),
     seed=st.integers(0, 2**32 - 1),
     rank=st.sampled_from([0, 0, 1, 3]),
+    is_plain=st.booleans(),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_chain(n_heads, head_dim, n_tokens, n_batch, convention, dtype, step, seed, rank, data):
+def test_any_chain(
+    n_heads, head_dim, n_tokens, n_batch, convention, dtype, step, seed, rank, is_plain, data
+):
     if convention != "none" and head_dim < 2:
         head_dim = 2
     sources = [()]
@@ -413,7 +471,11 @@ def test_any_chain(n_heads, head_dim, n_tokens, n_batch, convention, dtype, step
     profile = made_profile(
         n_heads, head_dim, sources, convention, n_tokens, n_batch, seed, rank, n_batch > 1
     )
-    assert_chain(profile, dtype, n_batch, n_tokens, step, seed)
+    fineness = None
+    if not is_plain:
+        fineness = np.random.default_rng(seed).integers(-6, 13 if step > 0.1 else 1, n_tokens)
+        fineness = fineness.astype(np.int8)
+    assert_chain(profile, dtype, n_batch, n_tokens, step, seed, fineness=fineness)
 
 
 @given(st.floats(2.0**-40, 2.0**40, width=32))
@@ -544,15 +606,21 @@ def test_every_byte_changed_and_every_length():
     assert outcome(profile, payload + b"\0", arrays) == "refused"
 
 
-@given(st.binary(max_size=60), st.integers(0, 7), st.integers(0, 7), st.booleans())
-def test_any_side_information(side, class_bits, shift_bits, is_headed):
+@given(
+    st.binary(max_size=60),
+    st.integers(0, 7),
+    st.integers(0, 7),
+    st.sampled_from([0, 0, 1, 2, 3, 8]),
+    st.booleans(),
+)
+def test_any_side_information(side, class_bits, shift_bits, fineness_bits, is_headed):
     profile = made_profile(1, 2, ((),), "none", 4)
     arrays = made_arrays(profile, n_tokens=4)
     payload = encode(profile, arrays)[0][0]
     stream = payload[12 + int.from_bytes(payload[4:8], "little") :]
     damaged = side
     if is_headed:
-        about = bytes([class_bits, shift_bits, 0, 0])
+        about = bytes([class_bits, shift_bits, fineness_bits, 0])
         damaged = payload[:4] + len(side).to_bytes(4, "little") + about + side + stream
     wanted = expected_outcome(profile, damaged, 4)
     found = outcome(profile, damaged, arrays)
@@ -574,7 +642,8 @@ HEADERS = {
     "side information is missing": (4, b"\0\0\0\0"),
     "class bits": (8, b"\x08"),
     "shift bits": (9, b"\xff"),
-    "zeros": (10, b"\0\1"),
+    "fineness bits": (10, b"\x09"),
+    "zero": (11, b"\1"),
 }
 
 

@@ -371,7 +371,7 @@ typedef struct predict_block {
     int64_t n_tokens;
     krul_view views[2];
     py_krul_borrowed borrowed[2];
-    Py_buffer given; /* decoding: the payload, held while given.obj is not NULL */
+    Py_buffer given; /* the payload, or what is encoded's fineness; held while .obj is not NULL */
     uint8_t *payload; /* encoding: owned */
     size_t payload_bytes;
     double error[2];
@@ -410,7 +410,8 @@ encode_run(void *argument)
         }
         run->status = krul_predict_encode(
             run->backend, run->predict, block->layer, block->token_start, block->views, run->step,
-            payload, capacity_bytes, &block->payload_bytes, &run->fits, block->error, &run->err);
+            block->given.buf, payload, capacity_bytes, &block->payload_bytes, &run->fits,
+            block->error, &run->err);
         if (run->status == KRUL_STATUS_OK && run->fits) {
             block->payload = realloc(payload, block->payload_bytes);
             payload = block->payload != NULL ? NULL : payload;
@@ -457,12 +458,30 @@ borrow_views(py_krul_state *state, predict_block *block, PyObject *arrays[2], bo
     return 0;
 }
 
-/* Encoding: (layer, token_start, keys, values). Decoding: (layer, token_start, n_tokens, payload,
- * keys, values). */
+/* The fineness of each token of a block, one int8 each. */
+static int
+borrow_fineness(PyObject *array, predict_block *block)
+{
+    Py_buffer *buffer = &block->given;
+    int64_t n_tokens = block->views[0].shape[2];
+    if (PyObject_GetBuffer(array, buffer, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) != 0) {
+        return -1;
+    }
+    if (!is_format(buffer->format, 'b') || buffer->len != n_tokens) {
+        PyErr_Format(PyExc_ValueError,
+                     "fineness of layer %d is %zd numbers of format '%s' but must be %lld of int8",
+                     (int)block->layer, buffer->len, buffer->format, (long long)n_tokens);
+        return -1;
+    }
+    return 0;
+}
+
+/* Encoding: (layer, token_start, keys, values), fineness behind them or not. Decoding: (layer,
+ * token_start, n_tokens, payload, keys, values). */
 static int
 parse_block(py_krul_state *state, PyObject *item, bool is_decoding, predict_block *block)
 {
-    PyObject *arrays[2], *payload = NULL;
+    PyObject *arrays[2], *payload = NULL, *fineness = Py_None;
     int layer;
     long long token_start, n_tokens = 0;
     int result = -1;
@@ -475,14 +494,18 @@ parse_block(py_krul_state *state, PyObject *item, bool is_decoding, predict_bloc
                                "iLLOOO;a block is (layer, token_start, n_tokens, payload, "
                                "keys, values)",
                                &layer, &token_start, &n_tokens, &payload, &arrays[0], &arrays[1])
-            : PyArg_ParseTuple(tuple, "iLOO;a block is (layer, token_start, keys, values)", &layer,
-                               &token_start, &arrays[0], &arrays[1])) {
+            : PyArg_ParseTuple(tuple,
+                               "iLOO|O;a block is (layer, token_start, keys, values[, fineness])",
+                               &layer, &token_start, &arrays[0], &arrays[1], &fineness)) {
         block->layer = layer;
         block->token_start = token_start;
         block->n_tokens = n_tokens;
         result = payload != NULL && PyObject_GetBuffer(payload, &block->given, PyBUF_SIMPLE) != 0
                      ? -1
                      : borrow_views(state, block, arrays, is_decoding);
+        if (result == 0 && fineness != Py_None) {
+            result = borrow_fineness(fineness, block);
+        }
     }
     Py_DECREF(tuple);
     return result;
@@ -610,8 +633,8 @@ done:
 PyDoc_STRVAR(predict_encode_doc,
              "encode($self, /, runs, step, n_threads=0, backend=None)\n--\n\n"
              "Encode runs of tokens in parallel; a run is a list of (layer, token_start, keys,\n"
-             "values), layer by layer. For each a list of (payload, error_sum, power_sum), or None\n"
-             "where a value cannot be held.");
+             "values) or (..., fineness), int8 for each token, layer by layer. For each a list of\n"
+             "(payload, error_sum, power_sum), or None where a value cannot be held.");
 
 static PyObject *
 predict_encode(PyObject *object, PyObject *args, PyObject *kwargs)

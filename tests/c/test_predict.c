@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "codec_predict.h"
 #include "fake_device.h"
 #include "internal.h"
 
@@ -150,12 +151,24 @@ view_of(float *data, int chain, int64_t n_tokens)
                        .stride = {N_VALUES, N_TOKENS * HEAD_DIM, HEAD_DIM, 1}};
 }
 
+/* Of the tokens of the second chain every fineness that there may be, of the others 0. */
+static int8_t
+fineness_of(int chain, int token)
+{
+    int n = KRUL_PREDICT_MAX_FINENESS - KRUL_PREDICT_MIN_FINENESS + 1;
+    return (int8_t)(chain == 1 ? KRUL_PREDICT_MIN_FINENESS + token * 7 % n : 0);
+}
+
 /* Encode one chain into payloads of exactly their size. */
 static krul_status
 encode_chain(krul_predict *predict, int chain, uint8_t *made[N_LAYERS], size_t made_bytes[N_LAYERS])
 {
     krul_status status = KRUL_STATUS_OK;
     krul_error err;
+    int8_t fineness[CHAIN_TOKENS];
+    for (int i = 0; i < CHAIN_TOKENS; i++) {
+        fineness[i] = fineness_of(chain, i);
+    }
     for (int32_t layer = 0; layer < N_LAYERS && status == KRUL_STATUS_OK; layer++) {
         size_t bound = 0;
         bool fits = false;
@@ -166,7 +179,8 @@ encode_chain(krul_predict *predict, int chain, uint8_t *made[N_LAYERS], size_t m
         uint8_t *scratch = malloc(bound);
         if (status == KRUL_STATUS_OK) {
             status = krul_predict_encode(best, predict, layer, chain * CHAIN_TOKENS, views, step,
-                                         scratch, bound, &made_bytes[layer], &fits, error, &err);
+                                         chain == 0 ? NULL : fineness, scratch, bound,
+                                         &made_bytes[layer], &fits, error, &err);
         }
         if (status != KRUL_STATUS_OK || !fits) {
             free(scratch);
@@ -225,12 +239,15 @@ test_round_trip(void)
         }
         CHECK(memcmp(expected, target, sizeof expected) == 0);
     }
-    /* Each coefficient is off by half a step, a row of 16 by two steps at most, and its numbers by
-     * no more than it, turned or not. */
+    /* Each coefficient is off by half a step of its token, a row of 16 by two steps at most, and its
+     * numbers by no more than it, turned or not. */
     float largest = 0;
     double sum = 0;
     for (int i = 0; i < N_LAYERS * 2 * N_VALUES; i++) {
+        int token = i / HEAD_DIM % N_TOKENS;
         float difference = fabsf((&source[0][0][0])[i] - (&expected[0][0][0])[i]);
+        difference /= krul_predict_row_step(
+            fineness_of(token / CHAIN_TOKENS, token % CHAIN_TOKENS));
         largest = difference > largest ? difference : largest;
         sum += (double)difference * (double)difference;
     }
@@ -317,9 +334,13 @@ test_arguments(void)
     double error[2];
     krul_view views[2] = {view_of(source[0][0], 0, CHAIN_TOKENS),
                           view_of(source[0][1], 0, CHAIN_TOKENS)};
-    CHECK(krul_predict_encode(best, predict, 0, 0, views, step, bytes, sizeof bytes, &n_bytes,
+    CHECK(krul_predict_encode(best, predict, 0, 0, views, step, NULL, bytes, sizeof bytes, &n_bytes,
                               &fits, error, &err) == KRUL_STATUS_BAD_VALUE);
     CHECK(strstr(err.message, "capacity_bytes is 16") != NULL);
+    int8_t fineness[CHAIN_TOKENS] = {[3] = KRUL_PREDICT_MAX_FINENESS + 1};
+    CHECK(krul_predict_encode(best, predict, 0, 0, views, step, fineness, bytes, sizeof bytes,
+                              &n_bytes, &fits, error, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "the fineness of token 3 is 13") != NULL);
     CHECK(krul_predict_bound(predict, N_LAYERS, 1, &n_bytes, &err) == KRUL_STATUS_BAD_VALUE);
     CHECK(krul_predict_bound(predict, 0, INT64_MAX, &n_bytes, &err) == KRUL_STATUS_BAD_SHAPE);
     CHECK(krul_predict_bound(predict, 0, -1, &n_bytes, &err) == KRUL_STATUS_BAD_SHAPE);

@@ -146,7 +146,7 @@ struct fixture {
     std::vector<uint8_t> payloads[N_LAYERS][N_RUNS];
     krul_store_entry entries[N_LAYERS][N_RUNS];
     std::vector<tensor> expected; /* layer x 2 */
-    std::vector<float> numbers[N_LAYERS][N_RUNS]; /* width x rows */
+    std::vector<float> numbers[N_LAYERS][N_RUNS]; /* width x rows, times the rows' steps */
 
     explicit fixture(const geometry &wanted) : of(wanted), width(2 * of.n_heads * of.head_dim)
     {
@@ -279,9 +279,13 @@ struct fixture {
                 float step = of.has_two_steps && run == 1 ? 0.3f : 0.25f;
                 CHECK(krul_predict_bound(predict, layer, n, &bound, &err) == KRUL_STATUS_OK);
                 std::vector<uint8_t> payload(bound);
+                std::vector<int8_t> fineness;
+                for (int64_t i = 0; i < n; i++) { /* every one that there may be */
+                    fineness.push_back(static_cast<int8_t>(KRUL_PREDICT_MIN_FINENESS + i * 7 % 19));
+                }
                 CHECK(krul_predict_encode(best, predict, layer, runs[run].token_start, views, step,
-                                          payload.data(), bound, &n_bytes, &fits, error,
-                                          &err) == KRUL_STATUS_OK &&
+                                          run == 0 ? nullptr : fineness.data(), payload.data(),
+                                          bound, &n_bytes, &fits, error, &err) == KRUL_STATUS_OK &&
                       fits);
                 payload.resize(n_bytes);
                 payloads[layer][run] = payload;
@@ -328,17 +332,23 @@ struct fixture {
                                           &err) == KRUL_STATUS_OK);
                 int64_t n_rows = of.n_batch * n;
                 std::vector<uint8_t> classes(static_cast<size_t>(width));
+                std::vector<int8_t> fineness(static_cast<size_t>(n_rows));
                 std::vector<int8_t> shifts(static_cast<size_t>(n_rows));
                 float step;
                 size_t side;
                 numbers[layer][run].resize(static_cast<size_t>(width * n_rows));
                 CHECK(krul_predict_read_side(levels.data(), width, n_rows, 3, N_TABLES,
                                              payload.data(), payload.size(), classes.data(),
-                                             shifts.data(), &step, &side, &err) == KRUL_STATUS_OK);
+                                             fineness.data(), shifts.data(), &step, &side,
+                                             &err) == KRUL_STATUS_OK);
                 CHECK(krul_entropy_decode_columns(
                           best, made, payload.data() + side, payload.size() - side, width, n_rows,
                           classes.data(), shifts.data(), numbers[layer][run].data(),
                           &err) == KRUL_STATUS_OK);
+                for (size_t i = 0; i < numbers[layer][run].size(); i++) {
+                    numbers[layer][run][i] *= krul_predict_row_step(
+                        fineness[i % static_cast<size_t>(n_rows)]);
+                }
             }
         }
         krul_entropy_tables_free(made);
@@ -432,7 +442,7 @@ check_run(const fixture &made, int run, double unit, const std::vector<tensor> &
             }
         }
         add_product(scaled, layer.backward, n_rows, width, width, unit, out, sizes);
-        add_rounding(out, sizes, (layer.n_sources + 1) * (width + 4));
+        add_rounding(out, sizes, (layer.n_sources + 1) * (width + 5));
         /* Mean, rotation, narrowing: at most 6 roundings more. */
         const double u = 6 * std::ldexp(1.0, -24);
         for (int row = 0; row < n_rows; row++) {

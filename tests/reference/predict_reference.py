@@ -10,6 +10,7 @@ from . import columns_reference as columns
 HEADER_BYTES = 12
 NO_SYMBOLS = 255
 MAX_SHIFT = 4
+MIN_FINENESS, MAX_FINENESS = -6, 12
 MAX_RICE_BITS = 7
 LARGEST_CLASS = 2 * 64 + 1
 MIN_STEP, MAX_STEP = np.float32(1e-6), np.float32(1e6)
@@ -183,8 +184,19 @@ class Parsed:
 
     step: float
     classes: np.ndarray
-    shifts: np.ndarray
+    fineness: np.ndarray
+    shifts: np.ndarray  # fineness included
     values: np.ndarray  # W, n_rows
+
+    @property
+    def numbers(self):
+        """What the rows are multiples of, n_rows, W."""
+        return (self.step * row_steps(self.fineness) * self.values).T
+
+
+def row_steps(fineness):
+    """Return parts of the step, as float32 has them."""
+    return np.float64(np.float32(2.0 ** (-np.asarray(fineness, np.float64) / 3)))
 
 
 def write(profile, layer, block):
@@ -192,12 +204,18 @@ def write(profile, layer, block):
     expected = expected_classes(profile, layer, np.float32(block.step))
     actual = [-1 if own == NO_SYMBOLS else int(own) for own in block.classes]
     classes = [fold(own - int(other)) for own, other in zip(actual, expected, strict=True)]
-    shifts = [fold(int(shift)) for shift in block.shifts]
+    finenesses = [fold(int(fineness)) for fineness in block.fineness]
+    shifts = [fold(int(x)) for x in block.shifts.astype(int) - block.fineness]
     class_bits, shift_bits = best_rice_bits(classes), best_rice_bits(shifts)
-    side = np.packbits(rice(classes, class_bits) + rice(shifts, shift_bits), bitorder="little")
+    fineness_bits, bits = 0, rice(classes, class_bits)
+    if any(finenesses):
+        fineness_bits = 1 + best_rice_bits(finenesses)
+        bits += rice(finenesses, fineness_bits - 1)
+    side = np.packbits(bits + rice(shifts, shift_bits), bitorder="little")
     header = np.array([block.step], "<f4").tobytes() + np.array([len(side)], "<u4").tobytes()
     stream = columns.encode(block.values, profile.tables, block.classes, block.shifts)
-    return header + bytes([class_bits, shift_bits, 0, 0]) + side.tobytes() + stream
+    about = bytes([class_bits, shift_bits, fineness_bits, 0])
+    return header + about + side.tobytes() + stream
 
 
 def read(profile, layer, payload, n_rows):
@@ -207,11 +225,11 @@ def read(profile, layer, payload, n_rows):
         raise ValueError("too short")
     step = np.frombuffer(payload[:4], "<f4")[0]
     side_bytes = int.from_bytes(payload[4:8], "little")
-    class_bits, shift_bits, *zeros = payload[8:12]
+    class_bits, shift_bits, fineness_bits, zero = payload[8:12]
     side = payload[HEADER_BYTES : HEADER_BYTES + side_bytes]
-    if not MIN_STEP <= step <= MAX_STEP or len(side) != side_bytes or any(zeros):
+    if not MIN_STEP <= step <= MAX_STEP or len(side) != side_bytes or zero:
         raise ValueError("header")
-    if max(class_bits, shift_bits) > MAX_RICE_BITS:
+    if max(class_bits, shift_bits, fineness_bits - 1) > MAX_RICE_BITS:
         raise ValueError("Rice parameters")
     all_bits = np.unpackbits(np.frombuffer(side, np.uint8), bitorder="little").tolist()
     bits = iter(all_bits)
@@ -221,28 +239,33 @@ def read(profile, layer, payload, n_rows):
         if not -1 <= own < len(profile.tables):
             raise ValueError(f"class {own}")
         classes[i] = NO_SYMBOLS if own == -1 else own
+    fineness = np.zeros(n_rows, np.int8)
+    for i in range(n_rows if fineness_bits else 0):
+        fineness[i] = unfold(take_rice(bits, fineness_bits - 1, 2 * MAX_FINENESS))
+        if fineness[i] < MIN_FINENESS:
+            raise ValueError(f"fineness {fineness[i]}")
     shifts = [unfold(take_rice(bits, shift_bits, 2 * MAX_SHIFT)) for _ in range(n_rows)]
     padding = list(bits)
     if len(padding) > 7 or any(padding):
         raise ValueError("padding")
-    shifts = np.array(shifts, np.int8)
+    shifts = fineness + np.array(shifts, np.int8)
     values = columns.decode(
         payload[HEADER_BYTES + side_bytes :], layer.width, n_rows, profile.tables, classes, shifts
     )
-    return Parsed(float(step), classes, shifts, values)
+    return Parsed(float(step), classes, fineness, shifts, values)
 
 
 def decode(profile, index, payload, decoded, n_rows):
     """Return the centred rows of a block; `decoded` has those of its sources."""
     layer = profile.layers[index]
     block = read(profile, layer, payload, n_rows)
-    return predicted(layer, decoded) + block.step * block.values.T @ np.float64(layer.backward)
+    return predicted(layer, decoded) + block.numbers @ np.float64(layer.backward)
 
 
-def coefficients(profile, index, rows, decoded, step):
-    """Return what the quantiser rounds, in steps: W x n_rows."""
+def coefficients(profile, index, rows, decoded, steps):
+    """Return what the quantiser rounds, in steps, one for all rows or one for each: W x n_rows."""
     layer = profile.layers[index]
-    return ((rows - predicted(layer, decoded)) @ np.float64(layer.forward) / step).T
+    return ((rows - predicted(layer, decoded)) @ np.float64(layer.forward)).T / steps
 
 
 def costs(tables):
@@ -259,32 +282,41 @@ def symbols_of(values):
     return np.where(np.abs(values) <= 127, values + 127, 255)
 
 
-def class_bits(profile, column):
-    """Return the bits of a column by table."""
-    return costs(profile.tables)[:, symbols_of(column)].sum(1)
+def class_bits(profile, column, fineness):
+    """Return the bits of a column by class."""
+    n_tables = len(profile.tables)
+    tables = np.clip(np.arange(n_tables)[:, None] + fineness, 0, n_tables - 1)
+    return costs(profile.tables)[tables, symbols_of(column)].sum(1)
 
 
-def shift_bits(profile, classes, values):
-    """Return the bits of each token by shift, -4 to 4, what telling it takes included."""
+def shift_bits(profile, classes, values, fineness):
+    """Return the bits of each row by shift, -4 to 4, what telling it takes included."""
     table_costs = costs(profile.tables)
     used = classes != NO_SYMBOLS
     symbols = symbols_of(values[used])
     found = []
     for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
-        tables = np.clip(classes[used].astype(int) + shift, 0, len(profile.tables) - 1)
-        found.append(table_costs[tables[:, None], symbols].sum(0) + abs(shift))
+        tables = classes[used].astype(int)[:, None] + fineness + shift
+        tables = np.clip(tables, 0, len(profile.tables) - 1)
+        found.append(table_costs[tables, symbols].sum(0) + abs(shift))
     return np.array(found)
 
 
-def encode(profile, index, rows, decoded, step):
+def encode(profile, index, rows, decoded, step, fineness=0):
     """Return a block's bytes and what will be decoded of it."""
     layer = profile.layers[index]
     step = float(np.float32(step))
-    values = np.rint(coefficients(profile, index, rows, decoded, step)).astype(np.int64)
+    fineness = np.broadcast_to(np.int8(fineness), len(rows))
+    steps = step * row_steps(fineness)
+    values = np.rint(coefficients(profile, index, rows, decoded, steps)).astype(np.int64)
     classes = np.array(
-        [class_bits(profile, column).argmin() if column.any() else NO_SYMBOLS for column in values],
+        [
+            class_bits(profile, column, fineness).argmin() if column.any() else NO_SYMBOLS
+            for column in values
+        ],
         np.uint8,
     )
-    shifts = (shift_bits(profile, classes, values).argmin(0) - MAX_SHIFT).astype(np.int8)
-    payload = write(profile, layer, Parsed(step, classes, shifts, values))
-    return payload, predicted(layer, decoded) + step * values.T @ np.float64(layer.backward)
+    shifts = shift_bits(profile, classes, values, fineness).argmin(0) - MAX_SHIFT
+    block = Parsed(step, classes, fineness, (shifts + fineness).astype(np.int8), values)
+    decoded_now = predicted(layer, decoded) + block.numbers @ np.float64(layer.backward)
+    return write(profile, layer, block), decoded_now
