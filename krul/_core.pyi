@@ -142,7 +142,12 @@ class Predict:
     ) -> Predict: ...
     def encode(
         self,
-        runs: Sequence[Sequence[tuple[int, int, _Array, _Array]]],
+        runs: Sequence[
+            Sequence[
+                tuple[int, int, _Array, _Array]
+                | tuple[int, int, _Array, _Array, npt.NDArray[np.int8] | None]
+            ]
+        ],
         step: float,
         n_threads: int = 0,
         backend: str | None = None,

@@ -5,6 +5,7 @@ import os
 import warnings
 
 import models
+import numpy as np
 import pytest
 import torch
 from test_calibrate import OPTIONS, made_texts, tokenizer
@@ -151,6 +152,57 @@ def test_what_is_stored(store, llama, profile):
     manifest = store.files("chat").read_manifest()
     assert manifest.segments[0].strategy["profile"] == profile.digest
     assert manifest.segments[0].strategy["step"] > 0
+
+
+def fineness_bits(store):
+    """Of each predicted block, what its header says; 0: all tokens are alike."""
+    files = store.files("chat")
+    found = []
+    for segment in files.read_manifest().segments:
+        fd, entries = files.open_segment(segment)
+        found += [
+            krul._core.store_read_payload(fd, entry)[10]
+            for entry in entries
+            if entry.codec == CODECS["predict"]
+        ]
+        os.close(fd)
+    return found
+
+
+def test_tokens_that_are_looked_at_are_finer(store, llama, monkeypatch):
+    with monkeypatch.context() as patch:
+        # The first of a block's tokens gets all attention, the rest the same little.
+        def received(watch, n_queries):
+            mass = np.ones((models.N_LAYERS, watch.n_before), np.float32)
+            mass[:, 20] = 100.0
+            return mass, np.full(watch.n_before, n_queries)
+
+        patch.setattr(krul.guard.Guard, "received", received)
+        exact, _ = saved(store, llama, history())
+    assert all(fineness_bits(store)[:1])
+    with store.open("chat", llama) as cache:
+        cache.restore()
+        for layer, both in zip(cache.layers, exact, strict=True):
+            for got, wanted in zip((layer.keys, layer.values), both, strict=True):
+                off = (got - wanted)[0].norm(dim=(0, 2))
+                assert off[20] < 0.3 * off[21:200].median()
+
+
+def test_where_attention_cannot_be_seen_all_tokens_are_alike(store, llama, monkeypatch):
+    def refuse(watch, n_queries):
+        raise krul.UnsupportedModelError("its attention is a secret")
+
+    monkeypatch.setattr(krul.guard.Guard, "received", refuse)
+    _, report = saved(store, llama, history())
+    assert "all tokens are kept alike: its attention is a secret" in report.reason
+    assert not any(fineness_bits(store))
+    with store.open("chat", llama) as cache:
+        assert cache.n_tokens == N_HISTORY
+
+
+def test_few_new_tokens_are_alike(store, llama):
+    saved(store, llama, history(100))
+    assert not any(fineness_bits(store))
 
 
 def test_auto_finds_the_coarsest_step_that_the_guard_allows(store, llama):

@@ -161,3 +161,51 @@ def test_fixed_pairs_refuse():
         selector.fixed_pairs([[0, 0]], 1)
     with pytest.raises(ValueError, match="n_pairs is -1"):
         selector.fixed_pairs([0, 0], -1)
+
+
+# ---- fineness ------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.integers(1, 200),
+    st.integers(0, 60),
+    st.integers(0, 200),
+)
+def test_fineness_follows_attention(seed, n_layers, n_tokens, n_unseen, first):
+    random = np.random.default_rng(seed)
+    received = np.exp(3 * random.standard_normal((n_layers, n_tokens))).astype(np.float32)
+    n_seen = np.minimum(64, np.maximum(n_tokens - n_unseen - np.arange(n_tokens), 0))
+    found = selector.token_fineness(received, n_seen, first)
+    assert found.dtype == np.int8
+    assert found.shape == received.shape
+    assert found.min() >= -4
+    assert found.max() <= 12
+    is_known = n_seen >= 8
+    is_usual = is_known & (np.arange(n_tokens) >= first)
+    if not is_usual.any():
+        assert not found.any()
+        return
+    share = np.log2(received / np.maximum(n_seen, 1))
+    for own, levels in zip(found, share, strict=True):
+        wanted = 1.5 * (levels - np.median(levels[is_usual]))
+        assert (np.abs(own - np.clip(wanted, -4, 12))[is_known] <= 0.5 + 1e-6).all()
+        newest = np.clip(np.rint(np.median(np.rint(wanted[is_usual][-64:]))), -4, 12)
+        assert (own[~is_known] == newest).all()
+
+
+def test_layers_of_which_nothing_is_known_are_alike():
+    received = np.ones((3, 20))
+    received[0], received[1, 3] = 0, np.nan
+    received[2, 5] = 1e9
+    found = selector.token_fineness(received, np.full(20, 30))
+    assert not found[:2].any()
+    assert found[2].tolist() == [0] * 5 + [12] + [0] * 14
+
+
+def test_fineness_refuses():
+    with pytest.raises(krul.ShapeError, match=r"received is \(2, 5\) and n_seen \(4,\)"):
+        selector.token_fineness(np.zeros((2, 5)), np.zeros(4))
+    with pytest.raises(krul.ShapeError, match=r"received is \(5,\)"):
+        selector.token_fineness(np.zeros(5), np.zeros(5))
