@@ -46,8 +46,9 @@ _BY_ATTENTION = " by attention"
 
 #: Tokens that tell what is looked at.
 N_QUERIES, _FEWEST_QUERIES = 128, 16
-# New tokens, at least, among which some are kept better than others.
-_FEWEST_RANKED = 128
+# New tokens, at least, among which some are kept better than others: of a short turn, most are near
+# those that are asked.
+_FEWEST_RANKED = 512
 
 
 def _layer_of(state: Any, group: int) -> tuple[Layer | None, LayerLayout]:

@@ -33,8 +33,9 @@ _MAX_MIXTURES = 3
 _FIRST_STEPS = (0.5, 1.0)
 _STEP_RANGE = (0.002, 8.0)
 # Where steps go by attention the guard's tokens, which look at what is near, say little of what is
-# far: no coarser than this, at which facts in a long text are still found (bench_quality).
-_MOST_STEP_BY_ATTENTION = 1.5
+# far: no coarser than this, at which facts in a long text are still found; at 1.5 they are not all
+# (bench_quality).
+_MOST_STEP_BY_ATTENTION = 1.1
 
 
 def _choose_pairs(work: Work, notes: list[str]) -> tuple[tuple[int, int], ...]:
