@@ -607,8 +607,8 @@ def notes(details: list[dict[str, Any]]) -> list[str]:
         "groups of 64, bfloat16 scale and shift). H2O is pruned once, at the end of the history, "
         "by attention from all its queries. KVTC's groups have 16 components each; the paper "
         "lets its dynamic programme choose their sizes too.",
-        f"krul predict looks at what the last {N_QUERIES} tokens of the history attend to, as a save "
-        "does, and has finer steps for that; with tokens alike it does not.",
+        f"krul predict looks at what the last {N_QUERIES} tokens of the history attend to, as a "
+        "save does, and has finer steps for that; with tokens alike it does not.",
         f"Fitted codecs saw {len(texts.calibration_texts())} calibration texts and no chat. "
         "Held-out texts, by SHA-256: "
         + ", ".join(f"{k} {texts.digest(w)}..." for k, w in texts.held_out_texts().items())

@@ -854,12 +854,16 @@ scale_rows(predict_coding *coding, int64_t n_columns)
 static bool
 quantise(predict_coding *coding, float step)
 {
+    float *inverse = coding->shift_bits; /* which is not in use yet */
+    for (int64_t row = 0; row < coding->n_rows; row++) {
+        inverse[row] = 1.0f / (step * coding->row_steps[row]);
+    }
     float largest = 0;
     for (int64_t column = 0; column < coding->width; column++) {
         float *coefficients = coding->coefficients + column * coding->n_rows;
         int32_t *values = coding->values + column * coding->n_rows;
         for (int64_t row = 0; row < coding->n_rows; row++) {
-            float scaled = coefficients[row] / (step * coding->row_steps[row]);
+            float scaled = coefficients[row] * inverse[row];
             float size = fabsf(scaled);
             if (!(size < MAX_COEFFICIENT)) {
                 return false;
@@ -877,7 +881,7 @@ quantise(predict_coding *coding, float step)
 typedef struct column_counts {
     uint32_t of[N_FINENESSES][N_SYMBOLS];
     bool is_used[N_FINENESSES];
-    int low, high; /* symbols */
+    int low[N_FINENESSES], high[N_FINENESSES]; /* symbols that occur lie between */
 } column_counts;
 
 /* Bits of a column under a class. */
@@ -889,7 +893,7 @@ class_bits_of(const krul_predict *predict, const column_counts *counts, int32_t 
         if (counts->is_used[i]) {
             const float *costs = predict
                                      ->costs[nearest_table(predict, own_class + i + MIN_FINENESS)];
-            for (int symbol = counts->low; symbol <= counts->high; symbol++) {
+            for (int symbol = counts->low[i]; symbol <= counts->high[i]; symbol++) {
                 n_bits += (float)counts->of[i][symbol] * costs[symbol];
             }
         }
@@ -908,22 +912,23 @@ choose_class(const krul_predict *predict, const predict_coding *coding, int64_t 
     for (int32_t i = 0; i < N_FINENESSES; i++) {
         if (counts->is_used[i]) {
             memset(counts->of[i], 0, sizeof counts->of[i]);
+            counts->low[i] = N_SYMBOLS - 1;
+            counts->high[i] = 0;
         }
     }
-    counts->low = N_SYMBOLS - 1;
-    counts->high = 0;
     float sum = 0;
     for (int64_t row = 0; row < coding->n_rows; row++) {
-        sum += fabsf((float)values[row]) * coding->row_steps[row];
+        int32_t own = coding->fineness[row] - MIN_FINENESS;
         int64_t symbol = (int64_t)values[row] + KRUL_ENTROPY_ZERO;
         if (symbol < 0 || symbol >= KRUL_ENTROPY_ESCAPE) {
             symbol = KRUL_ENTROPY_ESCAPE;
         }
-        counts->of[coding->fineness[row] - MIN_FINENESS][symbol]++;
-        counts->low = symbol < counts->low ? (int)symbol : counts->low;
-        counts->high = symbol > counts->high ? (int)symbol : counts->high;
+        counts->of[own][symbol]++;
+        counts->low[own] = symbol < counts->low[own] ? (int)symbol : counts->low[own];
+        counts->high[own] = symbol > counts->high[own] ? (int)symbol : counts->high[own];
+        sum += fabsf((float)values[row]) * coding->row_steps[row];
     }
-    if (counts->low == KRUL_ENTROPY_ZERO && counts->high == KRUL_ENTROPY_ZERO) {
+    if (sum == 0) {
         return KRUL_ENTROPY_NO_SYMBOLS;
     }
     int32_t size_level = krul_predict_level_of(1.5f * sum / (float)coding->n_rows);
