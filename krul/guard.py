@@ -14,6 +14,7 @@ The tokens before those tell something else: which tokens the model looks at.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from . import observe
 from .estimator import Estimator
-from .model import decoder_layers, input_device, text_config
+from .model import generation_model, input_device, text_config
 
 __all__ = ["Guard", "Held", "Verdict"]
 
@@ -232,12 +233,17 @@ class Guard:
         """
         start = self.n_before - n_queries
         seen = _Received(start)
-        decoder, layers = decoder_layers(self.model)
-        with observe.install(self.model) as handle, _evaluating(self.model):
-            inputs = self._inputs(start, self.n_before, self.exact(start))
-            with observe.observing(seen, handle, n_past=start):  # type: ignore[arg-type]
-                decoder(**inputs)
-        received = np.zeros((len(layers), self.n_before), np.float32)
+        held = self.exact(start)
+        inputs = self._inputs(start, self.n_before, held)
+        if "logits_to_keep" in inspect.signature(generation_model(self.model).forward).parameters:
+            inputs["logits_to_keep"] = 1  # nobody looks at them
+        with (
+            observe.install(self.model) as handle,
+            observe.observing(seen, handle, n_past=start),  # type: ignore[arg-type]
+            _evaluating(self.model),
+        ):
+            self.model(**inputs)
+        received = np.zeros((len(held.layers), self.n_before), np.float32)
         for layer, found in seen.results().items():
             received[layer] = found[: self.n_before]
         n_seen = np.minimum(n_queries, self.n_before - np.arange(self.n_before))

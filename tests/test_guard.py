@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import krul
-from krul import guard
+from krul import guard, save
 
 N_TOKENS, N_GUARD, N_QUERIES = 90, 12, 30
 
@@ -115,3 +115,29 @@ def test_a_conversation_that_an_estimator_watches_is_not_disturbed(llama, tmp_pa
     assert received.any()
     assert np.array_equal(before.received, after.received)
     assert before.n_prefill_rows == after.n_prefill_rows
+
+
+@pytest.mark.parametrize("name", models.workable())
+def test_every_family_can_be_asked_or_says_why_not(device, name, tmp_path):
+    """Through the cache that krul has of it, sliding windows included."""
+    model = models.shared(name)
+    ids = models.token_ids(1, N_TOKENS)
+    settings = krul.Settings(codec="exact", guard_tokens=0)
+    with (
+        krul.Store(tmp_path) as store,
+        store.open("chat", model, settings=settings) as cache,
+        torch.no_grad(),
+    ):
+        model(ids, past_key_values=cache)
+        work = save._prepare(cache, cache._take_snapshot())
+    made = save._new_guard(work, 0)
+    try:
+        received, n_seen = made.received(4)
+    except krul.UnsupportedModelError as error:
+        assert str(error)
+        return
+    assert received.shape == (len(work.layers), N_TOKENS)
+    assert n_seen.shape == (N_TOKENS,)
+    is_full = [state is not None and state.kind == "full" for state in work.layers]
+    assert np.isfinite(received).all()
+    assert (received[is_full].sum(1) > 0).all() or not received.any()
