@@ -858,23 +858,21 @@ quantise(predict_coding *coding, float step)
     for (int64_t row = 0; row < coding->n_rows; row++) {
         inverse[row] = 1.0f / (step * coding->row_steps[row]);
     }
-    float largest = 0;
-    for (int64_t column = 0; column < coding->width; column++) {
+    bool is_good = true;
+    for (int64_t column = 0; column < coding->width && is_good; column++) {
         float *coefficients = coding->coefficients + column * coding->n_rows;
         int32_t *values = coding->values + column * coding->n_rows;
+        int32_t n_bad = 0;
         for (int64_t row = 0; row < coding->n_rows; row++) {
             float scaled = coefficients[row] * inverse[row];
-            float size = fabsf(scaled);
-            if (!(size < MAX_COEFFICIENT)) {
-                return false;
-            }
-            largest = size > largest ? size : largest;
+            n_bad += !(fabsf(scaled) < MAX_COEFFICIENT);
             int32_t value = (int32_t)lrintf(scaled);
             values[row] = value;
             coefficients[row] = (float)value;
         }
+        is_good = n_bad == 0;
     }
-    return largest < MAX_COEFFICIENT;
+    return is_good;
 }
 
 /* How often a column has each symbol in rows of each fineness. */

@@ -118,7 +118,7 @@ def test_a_conversation_that_an_estimator_watches_is_not_disturbed(llama, tmp_pa
 
 
 @pytest.mark.parametrize("name", models.workable())
-def test_every_family_can_be_asked_or_says_why_not(device, name, tmp_path):
+def test_every_family_can_be_asked_or_is_refused(device, name, tmp_path):
     """Through the cache that krul has of it, sliding windows included."""
     model = models.shared(name)
     ids = models.token_ids(1, N_TOKENS)
@@ -133,9 +133,8 @@ def test_every_family_can_be_asked_or_says_why_not(device, name, tmp_path):
     made = save._new_guard(work, 0)
     try:
         received, n_seen = made.received(4)
-    except krul.UnsupportedModelError as error:
-        assert str(error)
-        return
+    except krul.UnsupportedModelError:
+        return  # it does not look its attention up where it could be seen
     assert received.shape == (len(work.layers), N_TOKENS)
     assert n_seen.shape == (N_TOKENS,)
     is_full = [state is not None and state.kind == "full" for state in work.layers]
