@@ -198,9 +198,9 @@ new_levels(krul_predict *predict, const krul_predict_options *options)
 
 /* The table of this number, or the nearest. */
 static int32_t
-nearest_table(const krul_predict *predict, int32_t table)
+nearest_table(int32_t table, int32_t n_tables)
 {
-    return (int32_t)krul_max_i64(0, krul_min_i64(table, predict->n_tables - 1));
+    return table < 0 ? 0 : table < n_tables ? table : n_tables - 1;
 }
 
 /* Bits of each symbol of a class under every shift, side by side: a value looks in one place. */
@@ -210,7 +210,7 @@ fill_shift_costs(const krul_predict *predict, int32_t own_class,
 {
     memset(shift_costs, 0, N_SYMBOLS * sizeof *shift_costs);
     for (int32_t shift = 0; shift < N_SHIFTS; shift++) {
-        int32_t table = nearest_table(predict, own_class + shift - MAX_SHIFT);
+        int32_t table = nearest_table(own_class + shift - MAX_SHIFT, predict->n_tables);
         for (int symbol = 0; symbol < N_SYMBOLS; symbol++) {
             shift_costs[symbol][shift] = predict->costs[table][symbol];
         }
@@ -658,8 +658,7 @@ krul_predict_row_step(int32_t fineness)
 static int32_t
 expected_class(int32_t level, int32_t step_level, int32_t unit_table, int32_t n_tables)
 {
-    int32_t table = unit_table + level - step_level;
-    return table < 0 ? 0 : table < n_tables ? table : n_tables - 1;
+    return nearest_table(unit_table + level - step_level, n_tables);
 }
 
 static uint32_t
@@ -889,8 +888,8 @@ class_bits_of(const krul_predict *predict, const column_counts *counts, int32_t 
     float n_bits = 0;
     for (int32_t i = 0; i < N_FINENESSES; i++) {
         if (counts->is_used[i]) {
-            const float *costs = predict
-                                     ->costs[nearest_table(predict, own_class + i + MIN_FINENESS)];
+            int32_t table = nearest_table(own_class + i + MIN_FINENESS, predict->n_tables);
+            const float *costs = predict->costs[table];
             for (int symbol = counts->low[i]; symbol <= counts->high[i]; symbol++) {
                 n_bits += (float)counts->of[i][symbol] * costs[symbol];
             }
@@ -930,13 +929,14 @@ choose_class(const krul_predict *predict, const predict_coding *coding, int64_t 
         return KRUL_ENTROPY_NO_SYMBOLS;
     }
     int32_t size_level = krul_predict_level_of(1.5f * sum / (float)coding->n_rows);
-    int32_t suggested = nearest_table(predict, predict->unit_table + size_level);
+    int32_t suggested = nearest_table(predict->unit_table + size_level, predict->n_tables);
     int32_t low = expected < suggested ? expected : suggested;
     int32_t high = expected < suggested ? suggested : expected;
-    int32_t end = nearest_table(predict, high + 2 * LEVELS_PER_OCTAVE);
+    int32_t first = nearest_table(low - LEVELS_PER_OCTAVE, predict->n_tables);
+    int32_t last = nearest_table(high + 2 * LEVELS_PER_OCTAVE, predict->n_tables);
     int32_t best = expected;
     float best_bits = INFINITY;
-    for (int32_t table = nearest_table(predict, low - LEVELS_PER_OCTAVE); table <= end; table++) {
+    for (int32_t table = first; table <= last; table++) {
         float n_bits = class_bits_of(predict, counts, table);
         if (n_bits < best_bits) {
             best_bits = n_bits;
@@ -946,14 +946,13 @@ choose_class(const krul_predict *predict, const predict_coding *coding, int64_t 
     return (uint8_t)best;
 }
 
+/* The class of every component. */
 static void
 choose_classes(const krul_predict *predict, int32_t index, float step, predict_coding *coding,
                column_counts *counts)
 {
     int32_t step_level = krul_predict_level_of(step);
-    for (int32_t i = 0; i < N_FINENESSES; i++) {
-        counts->is_used[i] = false;
-    }
+    memset(counts->is_used, 0, sizeof counts->is_used);
     for (int64_t row = 0; row < coding->n_rows; row++) {
         counts->is_used[coding->fineness[row] - MIN_FINENESS] = true;
     }

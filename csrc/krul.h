@@ -509,10 +509,10 @@ krul_status krul_predict_bound(const krul_predict *predict, int32_t layer, int64
                                size_t *n_bytes_out, krul_error *err) KRUL_MUST_CHECK;
 
 /* Encode the K (views[0]) and V of the tokens from token_start on, each token with its own fineness,
- * or all with 0 where `fineness` is NULL. *fits_out false: a value is not
- * finite, too large for the step, or would not come back finite; then the chain is broken and what
- * follows in it must be coded otherwise. error_out receives sum |x - decoded|^2 and sum |x|^2,
- * before rotary embedding. One thread may work on a chain at a time. */
+ * or all with 0 where `fineness` is NULL. *fits_out false: a value is not finite, too large for the
+ * step, or would not come back finite; then the chain is broken and what follows in it must be coded
+ * otherwise. error_out receives sum |x - decoded|^2 and sum |x|^2, before rotary embedding. One
+ * thread may work on a chain at a time. */
 krul_status krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t layer,
                                 int64_t token_start, const krul_view views[2], float step,
                                 const int8_t *fineness, uint8_t *payload_out, size_t capacity_bytes,

@@ -261,9 +261,8 @@ def _n_queries(work: Work, n_guard: int) -> int:
 
 
 def _held(work: Work, n_before: int, of_layer: Callable[[int], Callable[[], Any]]) -> guard.Held:
-    is_held = [state is not None for state in work.layers]
     return guard.Held(
-        [of_layer(index) if is_one else None for index, is_one in enumerate(is_held)],
+        [None if state is None else of_layer(index) for index, state in enumerate(work.layers)],
         [0 if state is None else n_before - state.token_start for state in work.layers],
     )
 

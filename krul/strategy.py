@@ -30,7 +30,7 @@ _MAX_TRIES = 5
 _MIXED = ("int4", "int8")
 _MAX_MIXTURES = 3
 # Before anything was measured of a model: with one step for all tokens, and steps by attention.
-_FIRST_STEPS = (0.5, 1.0)
+_FIRST_STEP, _FIRST_STEP_BY_ATTENTION = 0.5, 1.0
 _STEP_RANGE = (0.002, 8.0)
 # Where steps go by attention the guard's tokens, which look at what is near, say little of what is
 # far: no coarser than this, at which facts in a long text are still found; at 1.5 they are not all
@@ -132,10 +132,9 @@ def find_predicted(
     except (NotImplementedError, ValueError) as error:
         notes.append(f"predict cannot be used: {error}")
         return None
-    step = _FIRST_STEPS[encoder.fineness is not None]
-    finest, coarsest = _STEP_RANGE
+    step, (finest, coarsest) = _FIRST_STEP, _STEP_RANGE
     if encoder.fineness is not None:
-        coarsest = _MOST_STEP_BY_ATTENTION
+        step, coarsest = _FIRST_STEP_BY_ATTENTION, _MOST_STEP_BY_ATTENTION
     is_limited = settings.guard_tokens > 0 and math.isfinite(settings.max_kl)
     if first_step is not None and is_limited:
         # `first_step` would reach what is allowed; its square is proportional to the divergence.

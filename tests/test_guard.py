@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import krul
 from krul import guard, save
+from krul.probe import examine
 
 N_TOKENS, N_GUARD, N_QUERIES = 90, 12, 30
 
@@ -139,4 +140,5 @@ def test_every_family_can_be_asked_or_is_refused(device, name, tmp_path):
     assert n_seen.shape == (N_TOKENS,)
     is_full = [state is not None and state.kind == "full" for state in work.layers]
     assert np.isfinite(received).all()
-    assert (received[is_full].sum(1) > 0).all() or not received.any()
+    if examine(model)[0].observe is None:
+        assert (received[is_full].sum(1) > 0).all()

@@ -171,7 +171,7 @@ def fineness_bits(store):
 
 def test_tokens_that_are_looked_at_are_finer(store, llama, monkeypatch):
     with monkeypatch.context() as patch:
-        # The first of a block's tokens gets all attention, the rest the same little.
+        # One token gets all attention, the rest the same little.
         def received(watch, n_queries):
             mass = np.ones((models.N_LAYERS, watch.n_before), np.float32)
             mass[:, 20] = 100.0

@@ -470,7 +470,8 @@ borrow_fineness(PyObject *array, predict_block *block)
     if (!is_format(buffer->format, 'b') || buffer->len != n_tokens) {
         PyErr_Format(PyExc_ValueError,
                      "fineness of layer %d is %zd numbers of format '%s' but must be %lld of int8",
-                     (int)block->layer, buffer->len, buffer->format, (long long)n_tokens);
+                     (int)block->layer, buffer->len, buffer->format == NULL ? "B" : buffer->format,
+                     (long long)n_tokens);
         return -1;
     }
     return 0;
