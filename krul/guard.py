@@ -245,7 +245,8 @@ class Guard:
             self.model(**inputs)
         received = np.zeros((len(held.layers), self.n_before), np.float32)
         for layer, found in seen.results().items():
-            received[layer] = found[: self.n_before]
+            if layer < len(received):  # the cache may end before layers that read a lower one's
+                received[layer] = found[: self.n_before]
         n_seen = np.minimum(n_queries, self.n_before - np.arange(self.n_before))
         return received, n_seen
 
