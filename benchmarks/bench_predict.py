@@ -158,6 +158,7 @@ class Conversation:
             0,
             self.n_tokens,
             narrow=narrow or None,
+            is_rounded=self.is_narrow,
         )
 
     def encode(self, n_threads: int) -> list[Any]:
@@ -305,7 +306,8 @@ def main() -> None:
         rows += measure(dtype, n_tokens, n_runs)
     library = blas.find()
     if library.has_bf16:
-        rows += measure(torch.bfloat16, n_tokens, n_runs, is_narrow=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += measure(dtype, n_tokens, n_runs, is_narrow=True)
     harness.finish(
         "predict",
         rows,

@@ -34,7 +34,7 @@ import krul
 from krul import _core, guard
 from krul.compressor import CODECS, token_runs
 from krul.demo_model import load
-from krul.predictor import make_predictor
+from krul.predictor import choose_products, make_predictor
 from krul.save import N_QUERIES
 
 from . import baselines, bench_codecs, chats, harness, retrieval, texts
@@ -173,7 +173,8 @@ def code_predicted(
         for tensor, copy in zip(layer, out, strict=True):
             copy[:, :, :KEEP_FIRST] = tensor[:, :, :KEEP_FIRST]
     runs = token_runs(KEEP_FIRST, n_tokens, 2 * layers[0][0][:, :, 0].nbytes, 0)
-    encoder = make_predictor(profile, range(n_tokens), is_encoding=True)
+    products = choose_products(profile, step)
+    encoder = make_predictor(profile, range(n_tokens), products, is_encoding=True)
     chains = encoder.encode(
         [
             [
@@ -200,7 +201,7 @@ def code_predicted(
                 for i, ((payload, _, _), out) in enumerate(zip(chain, back, strict=True))
             ]
         )
-    make_predictor(profile, range(n_tokens)).decode(jobs)
+    make_predictor(profile, range(n_tokens), products).decode(jobs)
     return bench_codecs.Coded(back, n_bytes)
 
 

@@ -46,7 +46,7 @@ typedef struct predict_chain {
 
 struct krul_predict {
     const krul_blas *blas;
-    bool is_bf16; /* products are of bfloat16, else of float32 */
+    krul_predict_products products;
     krul_entropy_table *frequencies; /* what the tables were made of */
     krul_entropy_tables *tables;
     float (*costs)[N_SYMBOLS]; /* bits of each symbol by table */
@@ -112,7 +112,7 @@ check_layer(const krul_predict_options *options, int32_t index, krul_error *err)
     const krul_predict_narrow *narrow = &layer->narrow;
     bool has_narrow_maps = layer->rank > 0 ? narrow->left != NULL && narrow->right != NULL
                                            : narrow->maps != NULL;
-    if (options->is_bf16 &&
+    if (options->products == KRUL_PRODUCTS_BF16 &&
         (narrow->backward == NULL || (layer->forward != NULL && narrow->forward == NULL) ||
          (layer->n_sources > 0 && !has_narrow_maps))) {
         return krul_fail(err, KRUL_STATUS_BAD_VALUE, "layer %d lacks a matrix in bfloat16",
@@ -144,7 +144,12 @@ krul_predict_check_options(const krul_predict_options *options, krul_error *err)
                          (int)options->n_layers, (long long)options->n_batch,
                          (long long)options->token_start, (long long)options->n_tokens);
     }
-    if (options->is_bf16 && (options->blas == NULL || !krul_blas_has_bf16(options->blas))) {
+    if (options->products < KRUL_PRODUCTS_F32 || options->products > KRUL_PRODUCTS_BF16) {
+        return krul_fail(err, KRUL_STATUS_BAD_VALUE, "products is %d but must be from %d to %d",
+                         (int)options->products, (int)KRUL_PRODUCTS_F32, (int)KRUL_PRODUCTS_BF16);
+    }
+    if (options->products == KRUL_PRODUCTS_BF16 &&
+        (options->blas == NULL || !krul_blas_has_bf16(options->blas))) {
         return krul_fail(err, KRUL_STATUS_UNSUPPORTED,
                          "products of bfloat16 are asked for but the library has none");
     }
@@ -266,7 +271,7 @@ krul_predict_new(const krul_predict_options *options, krul_predict **out, krul_e
         }
     }
     made->blas = options->blas;
-    made->is_bf16 = options->is_bf16;
+    made->products = options->products;
     made->unit_table = options->unit_table;
     made->n_layers = options->n_layers;
     made->n_batch = options->n_batch;
@@ -320,7 +325,7 @@ krul_predict_options_of(const krul_predict *predict)
 {
     krul_predict_options options = {
         .blas = predict->blas,
-        .is_bf16 = predict->is_bf16,
+        .products = predict->products,
         .tables = predict->frequencies,
         .n_tables = predict->n_tables,
         .unit_table = predict->unit_table,
@@ -384,14 +389,31 @@ new_floats(int64_t rows, int64_t columns, krul_error *err)
 
 /* ---- products ---- */
 
-/* Values as products take them: themselves, or rounded, in memory that *narrow_out then owns. */
-static krul_status
-operand_of(const krul_backend *backend, const krul_predict *predict, const float *values,
-           int64_t rows, int64_t columns, uint16_t **narrow_out, const void **out, krul_error *err)
+/* Round in place to what bfloat16 can hold. */
+static void
+round_values(const krul_backend *backend, float *values, int64_t n_values)
 {
+    enum { N_AT_ONCE = 1024 }; /* twice 3 KiB stay in the first cache */
+    uint16_t narrow[N_AT_ONCE];
+    for (int64_t at = 0; at < n_values; at += N_AT_ONCE) {
+        int64_t n = krul_min_i64(n_values - at, N_AT_ONCE);
+        backend->narrow(KRUL_DTYPE_BF16, values + at, n, narrow);
+        backend->widen(KRUL_DTYPE_BF16, narrow, n, values + at);
+    }
+}
+
+/* Values as products take them: themselves, rounded if need be, or in bfloat16, in memory that
+ * *narrow_out then owns. */
+static krul_status
+operand_of(const krul_backend *backend, const krul_predict *predict, float *values, int64_t rows,
+           int64_t columns, uint16_t **narrow_out, const void **out, krul_error *err)
+{
+    int64_t n_values = rows * columns;
     *out = values;
-    if (predict->is_bf16) {
-        int64_t n_values = rows * columns;
+    if (predict->products == KRUL_PRODUCTS_ROUNDED) {
+        round_values(backend, values, n_values);
+    }
+    else if (predict->products == KRUL_PRODUCTS_BF16) {
         *narrow_out = malloc((size_t)n_values * sizeof **narrow_out + 1);
         if (*narrow_out == NULL) {
             return krul_fail(err, KRUL_STATUS_NO_MEMORY, "no memory for %lld x %lld numbers",
@@ -407,7 +429,8 @@ operand_of(const krul_backend *backend, const krul_predict *predict, const float
 static const void *
 matrix_of(const krul_predict *predict, const float *wide, const uint16_t *narrow, int64_t first)
 {
-    return predict->is_bf16 ? (const void *)(narrow + first) : (const void *)(wide + first);
+    return predict->products == KRUL_PRODUCTS_BF16 ? (const void *)(narrow + first)
+                                                   : (const void *)(wide + first);
 }
 
 /* krul_blas_sgemm with operands as `operand_of` and `matrix_of` give them, rows without gaps. */
@@ -416,7 +439,7 @@ multiply(const krul_predict *predict, bool trans_a, bool trans_b, int64_t m, int
          float alpha, const void *a, const void *b, float beta, float *c, krul_error *err)
 {
     int64_t lda = trans_a ? m : k, ldb = trans_b ? k : n;
-    if (predict->is_bf16) {
+    if (predict->products == KRUL_PRODUCTS_BF16) {
         return krul_blas_bf16_gemm(predict->blas, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb,
                                    beta, c, n, err);
     }
@@ -1240,14 +1263,11 @@ krul_predict_encode(const krul_backend *backend, krul_predict *predict, int32_t 
     fill_row_steps(&coding);
     load_rows(backend, predict, layer, token_start, views, exact);
     KRUL_TRY(predict_rows(backend, predict, chain, index, decoded, err));
-    if (layer->n_sources > 0) {
-        for (int64_t i = 0; i < n_rows * width; i++) {
-            residual[i] = exact[i] - decoded[i];
-        }
+    for (int64_t i = 0; i < n_rows * width; i++) {
+        residual[i] = exact[i] - decoded[i];
     }
     const void *wanted;
-    KRUL_TRY(operand_of(backend, predict, layer->n_sources > 0 ? residual : exact, n_rows, width,
-                        &narrow, &wanted, err));
+    KRUL_TRY(operand_of(backend, predict, residual, n_rows, width, &narrow, &wanted, err));
     KRUL_TRY(multiply(predict, true, true, width, n_rows, width, 1.0f,
                       matrix_of(predict, layer->forward, layer->narrow.forward, 0), wanted, 0.0f,
                       coding.coefficients, err));

@@ -49,6 +49,7 @@ struct krul_device_chains {
     int64_t n_rows;
     size_t slot_bytes;
     size_t rotations_bytes;
+    bool is_rounded;
     int32_t n_rotations;
     int32_t n_runs;
     rotation *rotations;
@@ -93,6 +94,7 @@ choose_slots(krul_device_profile *profile, int32_t *last_user)
         last_user[i] = i;
         for (int32_t k = 0; k < layers[i].n_sources; k++) {
             last_user[layers[i].sources[k]] = i;
+            layers[layers[i].sources[k]].is_source = true;
         }
     }
     for (int32_t i = 0; i < profile->n_layers; i++) {
@@ -375,6 +377,7 @@ krul_device_chains_new(const krul_device_profile *profile, const krul_predict_op
         goto done;
     }
     made->profile = profile;
+    made->is_rounded = options->products != KRUL_PRODUCTS_F32;
     made->n_batch = options->n_batch;
     made->token_start = options->token_start;
     made->n_tokens = options->n_tokens;
@@ -442,6 +445,12 @@ const krul_device_profile *
 krul_device_chains_profile(const krul_device_chains *chains)
 {
     return chains->profile;
+}
+
+bool
+krul_device_chains_are_rounded(const krul_device_chains *chains)
+{
+    return chains->is_rounded;
 }
 
 uint64_t

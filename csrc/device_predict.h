@@ -34,6 +34,7 @@ typedef struct krul_device_profile_layer {
     int32_t sources[KRUL_PREDICT_MAX_SOURCES];
     int32_t rank;
     int32_t slot; /* of the chains' memory */
+    bool is_source; /* of a later layer */
     const int16_t *levels; /* on the host: of the deviations */
     uint64_t mean_at;
     uint64_t backward_at;
@@ -166,6 +167,9 @@ size_t krul_device_predict_scratch(const krul_device_chains *chains,
                                    const krul_device_predict_batch *batch);
 
 const krul_device_profile *krul_device_chains_profile(const krul_device_chains *chains);
+
+/* Are the rows that products take rounded to bfloat16? */
+bool krul_device_chains_are_rounded(const krul_device_chains *chains);
 
 /* Where in the chains' memory a slot's rows begin. */
 uint64_t krul_device_chains_slot(const krul_device_chains *chains, int32_t slot);

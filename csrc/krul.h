@@ -448,7 +448,17 @@ typedef struct krul_rotary {
     const float *sin;
 } krul_rotary;
 
-/* The matrices of a layer rounded to bfloat16, NULL where those in float32 are NULL. */
+/* What the products of a conversation are of. Rounded factors are rounded by writer and reader, so
+ * that both see the same sources; only how fast they are multiplied is each machine's own affair. */
+typedef enum krul_predict_products {
+    KRUL_PRODUCTS_F32 = 0,
+    /* Of rows rounded to bfloat16 and matrices that hold no other numbers, in float32. */
+    KRUL_PRODUCTS_ROUNDED = 1,
+    /* The same by the library's product of bfloat16, from what each layer has in `narrow`. */
+    KRUL_PRODUCTS_BF16 = 2,
+} krul_predict_products;
+
+/* The matrices of a layer in bfloat16, NULL where those in float32 are NULL. */
 typedef struct krul_predict_narrow {
     const uint16_t *forward;
     const uint16_t *backward;
@@ -479,9 +489,7 @@ typedef struct krul_predict_layer {
 /* All arrays but `tables` and `layers` themselves are borrowed until krul_predict_free. */
 typedef struct krul_predict_options {
     const krul_blas *blas;
-    /* Products are of bfloat16: of what each layer has in `narrow`, and of rows rounded to it. For K
-     * and V that are themselves no finer. */
-    bool is_bf16;
+    krul_predict_products products;
     const krul_entropy_table *tables;
     int32_t n_tables;
     int32_t unit_table; /* for a standard deviation of one step; three tables to an octave */

@@ -76,11 +76,17 @@ row_step(int32_t fineness)
     return part * __int_as_float((127 - octaves) << 23);
 }
 
+static __device__ __forceinline__ float
+round_to_bf16(float value)
+{
+    return __uint_as_float((uint32_t)krul_narrow<KRUL_DTYPE_BF16>(value) << 16);
+}
+
 static __global__ void
 __launch_bounds__(WARP)
     decode_numbers(const uint8_t *chunk, const krul_device_predict_unit *units, int32_t n_used,
                    int64_t row_stride, const uint32_t *slots, const uint16_t *frequencies,
-                   int32_t n_tables, float *numbers, uint32_t *damage_flag)
+                   int32_t n_tables, bool is_rounded, float *numbers, uint32_t *damage_flag)
 {
     const krul_device_predict_unit &unit = units[blockIdx.x];
     const uint32_t lane = threadIdx.x;
@@ -164,6 +170,7 @@ __launch_bounds__(WARP)
             if (has_fineness && is_active) {
                 value *= row_step(fineness[row + lane]);
             }
+            value = is_rounded ? round_to_bf16(value) : value;
             /* Rows that fill up are zeros in every layer. */
             out[row] = is_active ? value * factor : 0.0f;
         }
@@ -351,6 +358,32 @@ choose_store(krul_dtype dtype, int32_t n)
     }
 }
 
+/* ---- rounding ---------------------------------------------------------------------------------- */
+
+/* Round rows in place to what bfloat16 can hold; a row is a whole number of vectors. */
+static __global__ void
+__launch_bounds__(STORE_THREADS) round_rows(float *rows, int64_t n_vectors)
+{
+    int64_t at = (int64_t)blockIdx.x * STORE_THREADS + threadIdx.x;
+    if (at < n_vectors) {
+        float4 values = ((const float4 *)(const void *)rows)[at];
+        values.x = round_to_bf16(values.x);
+        values.y = round_to_bf16(values.y);
+        values.z = round_to_bf16(values.z);
+        values.w = round_to_bf16(values.w);
+        ((float4 *)(void *)rows)[at] = values;
+    }
+}
+
+static krul_status
+launch_round_rows(float *rows, int64_t n_floats, void *stream, krul_error *err)
+{
+    int64_t n_vectors = n_floats / 4;
+    KRUL_LAUNCH(round_rows, dim3((unsigned)((n_vectors + STORE_THREADS - 1) / STORE_THREADS)),
+                dim3(STORE_THREADS), 0, stream, rows, n_vectors);
+    return krul_cuda_check(cudaGetLastError(), "round_rows", err);
+}
+
 /* ---- on the host ------------------------------------------------------------------------------- */
 
 extern "C" krul_status
@@ -364,7 +397,7 @@ krul_cuda_predict_numbers(const krul_device_chains *chains, const krul_device_pr
                 (const krul_device_predict_unit *)(const void *)(chunk + batch->units_at),
                 batch->n_used, batch->n_rows, (const uint32_t *)(memory + profile->slots_at),
                 (const uint16_t *)(memory + profile->frequencies_at), profile->n_tables,
-                (float *)(void *)scratch, damage_flag);
+                krul_device_chains_are_rounded(chains), (float *)(void *)scratch, damage_flag);
     return krul_cuda_check(cudaGetLastError(), "decode_numbers", err);
 }
 
@@ -403,8 +436,13 @@ multiply(const krul_device_chains *chains, const krul_device_predict_batch *batc
     }
     if (status == KRUL_STATUS_OK && layer->n_sources > 0 && layer->rank > 0) {
         const float *right = (const float *)(const void *)(profile->memory + layer->right_at);
-        status = krul_cublas_multiply(cublas, false, false, width, n_rows, layer->rank, 1.0f, right,
-                                      width, sum, sum_stride, 0.0f, out, stride, err);
+        if (krul_device_chains_are_rounded(chains)) {
+            status = launch_round_rows(sum, n_rows * layer->rank, krul_cublas_stream(cublas), err);
+        }
+        status = status != KRUL_STATUS_OK
+                     ? status
+                     : krul_cublas_multiply(cublas, false, false, width, n_rows, layer->rank, 1.0f,
+                                            right, width, sum, sum_stride, 0.0f, out, stride, err);
     }
     if (status == KRUL_STATUS_OK) {
         const float *backward = (const float *)(const void *)(profile->memory + layer->backward_at);
@@ -450,6 +488,12 @@ krul_cuda_predict_rows(const krul_device_chains *chains, const krul_device_predi
         KRUL_LAUNCH(choose_store(batch->dtype[kv], batch->vector[kv]), grid, dim3(STORE_THREADS), 0,
                     krul_cublas_stream(cublas), units, layout);
         status = krul_cuda_check(cudaGetLastError(), "store_rows", err);
+    }
+    /* K and V had more; layers that are predicted from these have not. */
+    if (status == KRUL_STATUS_OK && layer->is_source && krul_device_chains_are_rounded(chains)) {
+        status = launch_round_rows(rows_of(chains, batch, memory, batch->layer),
+                                   batch->n_rows * profile->row_floats, krul_cublas_stream(cublas),
+                                   err);
     }
     return status;
 }

@@ -139,6 +139,7 @@ class Predict:
         n_tokens: int,
         digest: bytes = ...,
         narrow: Sequence[Sequence[npt.NDArray[np.uint16] | None] | None] | None = None,
+        is_rounded: bool = False,
     ) -> Predict: ...
     def encode(
         self,

@@ -16,7 +16,7 @@ from .estimator import Similarity
 from .fingerprint import Fingerprint
 from .history import Snapshot
 from .manifest import BOTH, DTYPE_NUMBERS
-from .predictor import make_predictor
+from .predictor import choose_products, make_predictor
 from .profile import Profile
 from .settings import Settings
 from .store import ConversationFiles, Entry, LayerLayout, SegmentInfo
@@ -122,13 +122,15 @@ class Strategy:
     """A codec for K and for V of each layer, and the pairs that share.
 
     A layer in a pair has the pair's codec in both places, as has one whose K and V are predicted;
-    then `step` is that of the quantiser, and `profile` the digest of the profile.
+    then `step` is that of the quantiser, `profile` the digest of the profile, and `products` what
+    products are of, see `predictor.choose_products`.
     """
 
     codecs: tuple[tuple[str, str], ...]
     pairs: tuple[tuple[int, int], ...] = ()
     step: float = 0.0
     profile: str = ""
+    products: str = ""
 
     def is_exact(self) -> bool:
         """Whether nothing is lost."""
@@ -145,7 +147,7 @@ class Strategy:
             "pairs": [list(p) for p in self.pairs],
         }
         if self.profile:
-            values |= {"profile": self.profile, "step": self.step}
+            values |= {"profile": self.profile, "products": self.products, "step": self.step}
         return values
 
 
@@ -253,13 +255,14 @@ class Encoder:
 
     def predicted(self, step: float) -> Strategy:
         """Return the strategy that predicts every layer that can be, and keeps the rest as int8."""
-        assert self.work.profile is not None
+        profile = self.work.profile
+        assert profile is not None
         layers = self.predicted_layers()
         codecs = tuple(
             ("predict", "predict") if index in layers else ("int8", "int8")
             for index in range(len(self.work.layers))
         )
-        return Strategy(codecs, (), step, self.work.profile.digest)
+        return Strategy(codecs, (), step, profile.digest, choose_products(profile, step))
 
     def _entry(self, key: _Key, tensor: torch.Tensor) -> Entry:
         codec, kv, lower, upper, start, _ = key
@@ -290,7 +293,11 @@ class Encoder:
         for key in keys:
             chains.setdefault(key[4], []).append(key)
         predictor = make_predictor(
-            work.profile, work.positions(), n_batch=work.n_batch, is_encoding=True
+            work.profile,
+            work.positions(),
+            choose_products(work.profile, step),
+            n_batch=work.n_batch,
+            is_encoding=True,
         )
         made: dict[_Key, tuple[Encoded, ...]] = {}
         # A chain is all layers of a run: those that are copied from elsewhere come one by one.

@@ -11,17 +11,48 @@ from . import _core, blas
 from .profile import TABLE_SCALES, Profile
 from .rotary import Rotary
 
-__all__ = ["UNIT_TABLE", "make_predictor"]
+__all__ = ["UNIT_TABLE", "check_products", "choose_products", "make_predictor"]
 
 #: The table for coefficients with a standard deviation of one step.
 UNIT_TABLE = int(np.flatnonzero(TABLE_SCALES == 1.0)[0])
 
+#: What the factors of a conversation's products are rounded to, by writer and readers alike.
+PRODUCTS = ("bfloat16", "float32")
+
+# Below, rounding would be seen beside the step.
+_ROUNDED_FROM_STEP = 0.1
+
 _CONVENTIONS = {"none": 0, "half": 1, "interleaved": 2}
+
+
+def choose_products(profile: Profile, step: float) -> str:
+    """Return what products are to be of where blocks are written with this step.
+
+    Rounded ones where K and V are themselves bfloat16, and else where this processor multiplies
+    bfloat16 several times as fast: writer and readers round alike, so that all that is lost is 2^-9
+    of each number, little beside half a step while most numbers are some dozens of steps.
+
+    Raises
+    ------
+    ValueError, NotImplementedError
+        There is no library for matrix products; see `krul.blas.find`.
+    """
+    is_narrow = profile.fingerprint.parts.get("dtype") == "bfloat16"
+    is_fast = blas.find().has_bf16 and step >= _ROUNDED_FROM_STEP
+    return "bfloat16" if is_narrow or is_fast else "float32"
+
+
+def check_products(value: object) -> str:
+    """Return what a manifest says of products, if this version knows it; raise LookupError."""
+    if value not in PRODUCTS:
+        raise LookupError(f"products are of {value!r} but must be of {' or '.join(PRODUCTS)}")
+    return str(value)
 
 
 def make_predictor(
     profile: Profile,
     positions: Any,
+    products: str,
     *,
     n_batch: int = 1,
     token_start: int = 0,
@@ -35,6 +66,9 @@ def make_predictor(
     positions : array of int
         What the model was given as positions: shape (n_tokens,), or (n_batch, n_tokens) where
         batches differ.
+    products : str
+        What the conversation's products are of: "bfloat16" (rounded, however they are multiplied)
+        or "float32"; see `choose_products`.
     n_batch : int
         Conversations side by side.
     token_start : int
@@ -49,12 +83,14 @@ def make_predictor(
 
     Raises
     ------
+    LookupError
+        There are no such products.
     ValueError, NotImplementedError
         There is no library for matrix products; see `krul.blas.find`.
     """
     library = blas.find()
-    # bfloat16 has room for no more than its own products lose.
-    is_narrow = library.has_bf16 and profile.fingerprint.parts.get("dtype") == "bfloat16"
+    is_rounded = check_products(products) == "bfloat16"
+    is_narrow = is_rounded and library.has_bf16
     places = np.asarray(positions, np.int64)
     n_tokens = places.shape[-1]
     are_usual = places.ndim == 1 and bool((places == np.arange(n_tokens)).all())
@@ -110,6 +146,7 @@ def make_predictor(
         n_tokens,
         bytes.fromhex(profile.digest),
         narrow if is_narrow else None,
+        is_rounded,
     )
 
 

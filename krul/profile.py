@@ -81,7 +81,8 @@ class LayerProfile:
     mean : numpy.ndarray
         [width], where width = n_heads * (key_dim + value_dim): K of all heads, then V of all heads.
     backward : numpy.ndarray
-        [width, width]; coefficients @ backward is the residual.
+        [width, width]; coefficients @ backward is the residual. Like maps, left and right it holds
+        only numbers that bfloat16 has, so that no machine's products see others.
     maps : numpy.ndarray
         [n_sources * width, width]; what was decoded of the sources, minus their means, side by
         side, @ maps is the prediction.
@@ -92,8 +93,8 @@ class LayerProfile:
         [width], largest first: standard deviations of the coefficients of the calibration's texts
         when predicted from exact sources.
     forward : numpy.ndarray
-        [width, width]; residual @ forward are the coefficients. Made on first use: only encoding
-        needs it.
+        [width, width]; residual @ forward are the coefficients: the inverse of backward as it is.
+        Made on first use: only encoding needs it.
     """
 
     sources: tuple[int, ...]
@@ -118,14 +119,14 @@ class LayerProfile:
     @functools.cached_property
     def narrow_forward(self) -> np.ndarray:
         """`forward` in bfloat16, its bits as uint16."""
-        return _bf16(self.forward)
+        return _upper_halves(_bf16(self.forward))
 
     @functools.cached_property
     def narrow(self) -> tuple[np.ndarray | None, ...]:
         """`backward`, `maps`, `left` and `right` in bfloat16, their bits as uint16."""
         maps = None if self.left is not None or not self.sources else self.maps
         wide = (self.backward, maps, self.left, self.right)
-        return tuple(None if each is None else _bf16(each) for each in wide)
+        return tuple(None if each is None else _upper_halves(each) for each in wide)
 
     @property
     def width(self) -> int:
@@ -133,10 +134,9 @@ class LayerProfile:
         return len(self.mean)
 
 
-def _bf16(array: np.ndarray) -> np.ndarray:
-    """Return the bits of finite numbers rounded to bfloat16, halves to even."""
-    bits = array.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+def _upper_halves(array: np.ndarray) -> np.ndarray:
+    """Return the bits in bfloat16 of numbers that it has."""
+    return (array.view(np.uint32) >> 16).astype(np.uint16)
 
 
 class _Layers(Sequence["LayerProfile | None"]):
@@ -482,12 +482,13 @@ class Profile:
             wide = [w for source in layer.sources for w in self._weights(source)]
             if self.rank is None:
                 plain = arrays[f"{index} map"].astype(np.float64) * arrays[f"{index} map scale"]
-                maps = _plain32(_times_blocks(_blocks_times(wide, plain), inverses))
+                maps = _bf16(_times_blocks(_blocks_times(wide, plain), inverses))
             else:
                 factor, other = _factors(arrays, index)
-                left = _plain32(_blocks_times(wide, factor))
-                right = _plain32(_times_blocks(other, inverses))
+                left = _bf16(_blocks_times(wide, factor))
+                right = _bf16(_times_blocks(other, inverses))
                 maps = _plain32(left.astype(np.float64) @ right.astype(np.float64))
+        backward = _bf16(_times_blocks(basis.T, inverses))
         return LayerProfile(
             layer.sources,
             layer.n_heads,
@@ -496,12 +497,14 @@ class Profile:
             layer.window,
             layer.rotary,
             arrays[f"{index} mean"],
-            _plain32(_times_blocks(basis.T, inverses)),
+            backward,
             maps,
             left,
             right,
             arrays[f"{index} deviation"],
-            lambda: _plain32(_blocks_times(weights, _orthogonal(arrays[f"{index} basis"]))),
+            lambda: _inverse(
+                _blocks_times(weights, _orthogonal(arrays[f"{index} basis"])), backward
+            ),
         )
 
 
@@ -530,6 +533,18 @@ def _stored(
         out[f"{index} left scale"] = ("float32", (kept,))
         out[f"{index} right"] = (_NARROW, (kept, width))
     return out
+
+
+def _bf16(array: np.ndarray) -> np.ndarray:
+    """Return finite numbers as float32, rounded to bfloat16, halves to even."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return _plain32(bits.view(np.float32))
+
+
+def _inverse(nearly: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return the inverse of a matrix from what is 2^-8 from it: one step of Newton and Schulz."""
+    return _plain32(2 * nearly - nearly @ (matrix.astype(np.float64) @ nearly))
 
 
 def _plain32(array: np.ndarray) -> np.ndarray:

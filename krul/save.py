@@ -29,7 +29,7 @@ from .learn import learn
 from .manifest import DTYPE_NUMBERS
 from .model import layer_classes
 from .plan import plan
-from .predictor import make_predictor
+from .predictor import check_products, make_predictor
 from .reports import SaveReport
 from .source import starts_by_layer, whole_blocks
 from .store import CommitResult, Entry, LayerLayout, Manifest, SegmentInfo
@@ -134,21 +134,20 @@ def _prepare(cache: Cache, snapshot: Snapshot) -> Work:
 class _Decoder:
     """K/V of a layer as it would come back: kept segments from disk, new blocks from memory."""
 
-    def __init__(self, work: Work, encoded: list[Encoded]) -> None:
+    def __init__(self, work: Work, strategy: Strategy, encoded: list[Encoded]) -> None:
         self.work = work
         self.new = [(block.entry, block.payload) for block in encoded]
         self.memory: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self.stored: list[tuple[int, list[Entry]]] = []
         self.predictors: list[_core.Predict | None] = []  # of the stored segments, then of the new
-        self.made: dict[str, _core.Predict] = {}  # one for each profile: no two chains begin alike
+        # One for each profile and kind of products: no two chains begin alike.
+        self.made: dict[tuple[str, str], _core.Predict] = {}
         try:
             for segment in work.segments:
                 self.stored.append(work.conversation.open_segment(segment))
-                self.predictors.append(self._predictor(segment.strategy.get("profile")))
+                self.predictors.append(self._predictor(segment.strategy))
             is_predicted = any(entry.codec == _PREDICT for entry, _ in self.new)
-            self.predictors.append(
-                self._predictor(work.profile.digest if is_predicted and work.profile else None)
-            )
+            self.predictors.append(self._predictor(strategy.to_dict() if is_predicted else {}))
         except BaseException:
             self.close()
             raise
@@ -159,18 +158,22 @@ class _Decoder:
             os.close(fd)
         self.stored = []
 
-    def _predictor(self, digest: str | None) -> _core.Predict | None:
+    def _predictor(self, strategy: dict[str, Any]) -> _core.Predict | None:
         work = self.work
+        digest = strategy.get("profile")
         if digest is None:
             return None
-        if digest not in self.made:
+        products = check_products(strategy.get("products"))
+        if (digest, products) not in self.made:
             if work.profile is not None and work.profile.digest == digest:
                 profile = work.profile
             else:
                 assert work.find_profile is not None
                 profile = work.find_profile(digest)
-            self.made[digest] = make_predictor(profile, work.positions(), n_batch=work.n_batch)
-        return self.made[digest]
+            self.made[digest, products] = make_predictor(
+                profile, work.positions(), products, n_batch=work.n_batch
+            )
+        return self.made[digest, products]
 
     def layer(self, layer: int, n_before: int) -> guard.KeysAndValues:
         """Keys and values of the tokens before position `n_before` that the layer would hold."""
@@ -287,8 +290,10 @@ def _new_guard(work: Work, n_guard: int) -> guard.Guard:
     )
 
 
-def _measure(work: Work, encoded: list[Encoded], watch: guard.Guard) -> guard.Verdict:
-    decoder = _Decoder(work, encoded)
+def _measure(
+    work: Work, strategy: Strategy, encoded: list[Encoded], watch: guard.Guard
+) -> guard.Verdict:
+    decoder = _Decoder(work, strategy, encoded)
     n_before = watch.n_before
     try:
         return watch.measure(
@@ -360,7 +365,7 @@ def _select(
             if not settings.guard_tokens:
                 return made, nothing
             started = time.perf_counter()
-            verdict = _measure(work, made, watch)
+            verdict = _measure(work, strategy, made, watch)
             seconds["guard"] += time.perf_counter() - started
             book.add_divergence(known_as, strategy.step, verdict.mean_kl)
             return made, verdict
@@ -402,7 +407,7 @@ def _select(
         if not settings.guard_tokens:
             notes.append("the guard is off: nothing was measured")
             return strategy, encoded, nothing
-        verdict = _measure(work, encoded, watch)
+        verdict = _measure(work, strategy, encoded, watch)
         seconds["guard"] += time.perf_counter() - started
         if settings.codec in ("auto", "predict"):
             step = math.sqrt(error_of(encoder, strategy))

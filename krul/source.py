@@ -45,7 +45,7 @@ from .errors import (
 from .manifest import BOTH, Entry, LayerLayout, Manifest, SegmentInfo
 from .meet import Block, columns_between, meet
 from .plan import Costs, Plan, plan
-from .predictor import make_predictor
+from .predictor import check_products, make_predictor
 from .profile import Profile
 from .reports import RestoreReport
 from .settings import Settings
@@ -180,7 +180,8 @@ class Source:
         self._starts: dict[int, set[int]] = {}  # where their blocks begin, by layer
         self._begun: list[_Step] = []  # those of the first restore, in its order
         self._files: list[tuple[SegmentInfo, int, list[Entry]]] = []
-        self._profiles: dict[int, Profile] = {}  # of the segments that need one, by file
+        # Of the segments that need one, by file; with what their products are of.
+        self._profiles: dict[int, tuple[Profile, str]] = {}
         self._opened = self._begun_at = time.perf_counter()
         self._open_s = self._recompute_begin_s = 0.0
         self._recompute_watch: Stopwatch | None = None
@@ -349,11 +350,15 @@ class Source:
 
     def _begin(self, steps: list[tuple[_Step, tuple[torch.Tensor | None, ...]]]) -> None:
         # What was decoded of a chain belongs to one restore.
-        made = {
-            digest: make_predictor(profile, self._positions(), n_batch=self.manifest.n_batch)
-            for digest, profile in {x.digest: x for x in self._profiles.values()}.items()
-        }
-        predictors = {fd: made[profile.digest] for fd, profile in self._profiles.items()}
+        made: dict[tuple[str, str], _core.Predict] = {}
+        predictors = {}
+        for fd, (profile, products) in self._profiles.items():
+            key = profile.digest, products
+            if key not in made:
+                made[key] = make_predictor(
+                    profile, self._positions(), products, n_batch=self.manifest.n_batch
+                )
+            predictors[fd] = made[key]
         self._restores.append(
             _core.Restore(
                 [
@@ -933,12 +938,13 @@ class _Meeting:
         return blocks, there
 
 
-def _profile_of(segment: SegmentInfo, find: Callable[[str], Profile] | None) -> Profile:
+def _profile_of(segment: SegmentInfo, find: Callable[[str], Profile] | None) -> tuple[Profile, str]:
     digest = segment.strategy.get("profile")
     if find is None or not isinstance(digest, str):
         raise LookupError(f"{digest!r} cannot be looked up")
+    products = check_products(segment.strategy.get("products"))
     blas.find()
-    return find(digest)
+    return find(digest), products
 
 
 def _starts_by_layer(steps: Iterable[_Step]) -> dict[int, set[int]]:

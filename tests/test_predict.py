@@ -136,6 +136,7 @@ def predictor(
     library=None,
     is_encoding=True,
     is_narrow=False,
+    is_rounded=False,
 ):
     """Hand the profile to krul."""
     library = library if library is not None else blas.find().handle
@@ -177,6 +178,7 @@ def predictor(
         token_start,
         n_tokens,
         narrow=narrow if is_narrow else None,
+        is_rounded=is_narrow or is_rounded,
     )
 
 
@@ -932,6 +934,57 @@ def test_chain_of_bfloat16_products(dtype, rank, n_batch):
         assert (np.abs(block.values - wanted) <= 0.5 + margin).all()
 
 
+def with_matrices(profile, change):
+    """Return a profile with other matrices."""
+    names = ("forward", "backward", "maps", "left", "right")
+    return replace(
+        profile,
+        layers=[
+            replace(
+                layer,
+                **{
+                    name: np.float32(change(getattr(layer, name)))
+                    for name in names
+                    if getattr(layer, name) is not None
+                },
+            )
+            for layer in profile.layers
+        ],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_rounded_factors_are_the_same_however_they_are_multiplied(backend, rank, n_batch):
+    """Products of float32 and of bfloat16 differ where a sum is near a bound, and no more."""
+    sources = ((), (0,), (1, 0), (2, 1))
+    profile = made_profile(sources=sources, n_tokens=65, n_batch=n_batch, rank=rank)
+    profile = with_matrices(profile, reference.rounded)
+    arrays = made_arrays(profile, "float32", n_batch, 65)
+    fineness = np.int8(np.arange(65) % 19 - 6)
+    coded = encode(profile, arrays, is_rounded=True, fineness=fineness)
+    payloads = {index: payload for index, (payload, _, _) in coded.items()}
+    ways = [{"is_rounded": True}]
+    if NARROW is not None:
+        ways.append({"library": NARROW, "is_narrow": True})
+    n_rows = n_batch * 65
+    wanted, plain = {}, {}
+    for index, payload in payloads.items():
+        wanted[index] = reference.decode(profile, index, payload, wanted, n_rows, True)
+        plain[index] = reference.decode(profile, index, payload, plain, n_rows)
+    for way in ways:
+        found = decode(profile, payloads, arrays, backend=backend, **way)
+        assert_decoded(profile, payloads, found, is_narrow=True)
+        for index, both in found.items():
+            layer = profile.layers[index]
+            rows = reference.to_rows(layer, *(x.double().numpy() for x in both))
+            off = np.linalg.norm(rows - wanted[index])
+            assert off < 0.1 * np.linalg.norm(plain[index] - wanted[index])
+            exact = reference.to_rows(layer, *(x.double().numpy() for x in arrays[index]))
+            assert coded[index][1] == pytest.approx(((exact - rows) ** 2).sum(), rel=1e-3)
+
+
 def replace_sizes(layer):
     """Return a layer with the sizes of its maps' numbers."""
     return replace(
@@ -977,7 +1030,7 @@ def test_bfloat16_products_need_all_matrices_and_a_library(monkeypatch):
             monkeypatch.undo()
 
     def giving(edit):
-        return lambda make: lambda *args, narrow: make(*args, narrow=edit(narrow))
+        return lambda make: lambda *args, narrow, **more: make(*args, narrow=edit(narrow), **more)
 
     wrong = {
         "layer 1 lacks a matrix in bfloat16": lambda n: [n[0], (*n[1][:2], None, None, None), n[2]],

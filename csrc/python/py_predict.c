@@ -248,16 +248,18 @@ done:
 static PyObject *
 predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"blas",        "tables",   "unit_table", "layers", "n_batch",
-                            "token_start", "n_tokens", "digest",     "narrow", NULL};
+    static char *names[] = {"blas",    "tables",      "unit_table", "layers",
+                            "n_batch", "token_start", "n_tokens",   "digest",
+                            "narrow",  "is_rounded",  NULL};
     PyObject *blas, *tables_in, *layers_in, *narrow_in = Py_None;
+    int is_rounded = 0;
     const char *digest = NULL;
     Py_ssize_t n_digest = 0;
     long long n_batch, token_start, n_tokens;
     int unit_table;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL|y#O:Predict", names, &blas, &tables_in,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOiOLLL|y#Op:Predict", names, &blas, &tables_in,
                                      &unit_table, &layers_in, &n_batch, &token_start, &n_tokens,
-                                     &digest, &n_digest, &narrow_in)) {
+                                     &digest, &n_digest, &narrow_in, &is_rounded)) {
         return NULL;
     }
     if (digest != NULL && n_digest != KRUL_PREDICT_DIGEST_BYTES) {
@@ -312,7 +314,9 @@ predict_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     krul_predict_options options = {
         .blas = library,
-        .is_bf16 = narrow != NULL,
+        .products = narrow != NULL ? KRUL_PRODUCTS_BF16
+                    : is_rounded   ? KRUL_PRODUCTS_ROUNDED
+                                   : KRUL_PRODUCTS_F32,
         .unit_table = unit_table,
         .n_layers = (int32_t)n_layers,
         .layers = layers,
@@ -680,13 +684,14 @@ static PyMethodDef predict_methods[] = {
 
 PyDoc_STRVAR(predict_doc,
              "Predict(blas, tables, unit_table, layers, n_batch, token_start, n_tokens, "
-             "digest=..., narrow=None)\n--\n\n"
+             "digest=..., narrow=None, is_rounded=False)\n--\n\n"
              "A profile made ready for the tokens from token_start on. A layer is None or (n_heads,\n"
              "head_dim, sources, rank, mean, deviation, forward, backward, maps, left, right,\n"
              "convention, start, n_pairs, cos, sin). Arrays are borrowed. A digest of 32 bytes names\n"
              "tables and layers but for cos and sin; a device keeps what it has got under it. With\n"
              "narrow, (forward, backward, maps, left, right) of each layer in bfloat16 as uint16,\n"
-             "products are of bfloat16.");
+             "products are of bfloat16; with is_rounded, of float32 that holds no finer numbers:\n"
+             "rows are rounded, and the matrices must have been.");
 
 static PyType_Slot predict_slots[] = {
     {Py_tp_new, predict_new},

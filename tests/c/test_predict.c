@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "codec_predict.h"
+#include "dtype.h"
 #include "fake_device.h"
 #include "internal.h"
 
@@ -112,6 +113,27 @@ make_profile(void)
             }
         }
     }
+}
+
+/* A stub library that lies beside this program. */
+static krul_blas *
+open_stub(const char *name)
+{
+    char path[PATH_MAX + 64];
+    krul_error err = {0};
+    krul_blas *opened = NULL;
+    ssize_t n_bytes = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[n_bytes > 0 ? n_bytes : 0] = '\0';
+    char *slash = strrchr(path, '/');
+    CHECK(slash != NULL);
+    if (slash != NULL) {
+        snprintf(slash, 64, "/libstub_%s.so", name);
+    }
+    CHECK(krul_blas_open(path, &opened, &err) == KRUL_STATUS_OK);
+    if (opened == NULL) {
+        fprintf(stderr, "%s\n", err.message);
+    }
+    return opened;
 }
 
 static krul_predict_options
@@ -256,6 +278,72 @@ test_round_trip(void)
     CHECK(mean_square < 1.2 * (double)step * (double)step / 12 && mean_square > 1e-4);
 }
 
+/* Factors that were rounded give the same bits however they are multiplied: the libraries here add in
+ * one order. */
+static void
+test_rounded(void)
+{
+    enum { N_MATRICES = 4 };
+    const int sizes[N_MATRICES] = {WIDTH * WIDTH, 2 * WIDTH * WIDTH, 2 * WIDTH * 3, 3 * WIDTH};
+    float *wide[N_MATRICES] = {basis, maps, left, right};
+    float *kept[N_MATRICES];
+    uint16_t *narrow[N_MATRICES];
+    krul_predict_layer kept_layers[N_LAYERS];
+    krul_error err;
+    krul_blas *library = open_stub("bf16");
+    memcpy(kept_layers, layers, sizeof layers);
+    for (int i = 0; i < N_MATRICES; i++) {
+        kept[i] = malloc((size_t)sizes[i] * sizeof(float));
+        narrow[i] = malloc((size_t)sizes[i] * sizeof(uint16_t));
+        memcpy(kept[i], wide[i], (size_t)sizes[i] * sizeof(float));
+        for (int k = 0; k < sizes[i]; k++) {
+            narrow[i][k] = krul_f32_to_bf16(wide[i][k]);
+            wide[i][k] = krul_bf16_to_f32(narrow[i][k]);
+        }
+    }
+    for (int i = 0; i < N_LAYERS; i++) {
+        layers[i].narrow = (krul_predict_narrow){narrow[0], narrow[0], narrow[1], narrow[2],
+                                                 narrow[3]};
+    }
+    krul_predict_options options = options_of();
+    uint8_t *made[2][N_LAYERS] = {{NULL}};
+    size_t made_bytes[2][N_LAYERS] = {{0}};
+    float(*found)[2][N_VALUES] = calloc(3 * N_LAYERS, sizeof *found);
+    for (int i = 0; i < 3; i++) { /* the last are read with rounding that is not theirs */
+        krul_predict *predict = NULL;
+        options.blas = i == 1 ? library : blas;
+        options.products = i == 0   ? KRUL_PRODUCTS_ROUNDED
+                           : i == 1 ? KRUL_PRODUCTS_BF16
+                                    : KRUL_PRODUCTS_F32;
+        CHECK(krul_predict_new(&options, &predict, &err) == KRUL_STATUS_OK);
+        if (i < 2) {
+            CHECK(encode_chain(predict, 1, made[i], made_bytes[i]) == KRUL_STATUS_OK);
+        }
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            CHECK(decode_block(best, predict, layer, 1, made[0][layer], made_bytes[0][layer],
+                               found + (ptrdiff_t)i * N_LAYERS) == KRUL_STATUS_OK);
+        }
+        krul_predict_free(predict);
+    }
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        CHECK(made_bytes[0][layer] == made_bytes[1][layer] &&
+              memcmp(made[0][layer], made[1][layer], made_bytes[0][layer]) == 0);
+        free(made[0][layer]);
+        free(made[1][layer]);
+    }
+    size_t n_bytes = N_LAYERS * sizeof *found;
+    CHECK(memcmp(found, found + N_LAYERS, n_bytes) == 0);
+    CHECK(memcmp(found, found + (ptrdiff_t)2 * N_LAYERS, n_bytes) != 0);
+    free(found);
+    krul_blas_close(library);
+    for (int i = 0; i < N_MATRICES; i++) {
+        memcpy(wide[i], kept[i], (size_t)sizes[i] * sizeof(float));
+        free(kept[i]);
+        free(narrow[i]);
+    }
+    memcpy(layers, kept_layers, sizeof layers);
+}
+
 /* Every truncation is refused, every changed byte refused or decoded; nothing else happens. */
 static void
 test_damage(void)
@@ -309,6 +397,10 @@ test_arguments(void)
     options = options_of();
     options.n_layers = 0;
     CHECK(krul_predict_new(&options, &none, &err) == KRUL_STATUS_BAD_VALUE);
+    options = options_of();
+    options.products = (krul_predict_products)3;
+    CHECK(krul_predict_new(&options, &none, &err) == KRUL_STATUS_BAD_VALUE);
+    CHECK(strstr(err.message, "products is 3 but must be from 0 to 2") != NULL);
     krul_predict_layer kept = layers[2];
     layers[2].sources[1] = 2;
     options = options_of();
@@ -1244,24 +1336,15 @@ test_device_refusals(void)
 int
 main(void)
 {
-    char path[PATH_MAX + 64];
-    krul_error err = {0};
-    ssize_t n_bytes = readlink("/proc/self/exe", path, PATH_MAX - 1);
-    path[n_bytes > 0 ? n_bytes : 0] = '\0';
-    char *slash = strrchr(path, '/');
-    CHECK(slash != NULL);
-    if (slash != NULL) {
-        strcpy(slash, "/libstub_cblas.so");
-    }
-    CHECK(krul_blas_open(path, &blas, &err) == KRUL_STATUS_OK);
+    blas = open_stub("cblas");
     if (blas == NULL) {
-        fprintf(stderr, "%s\n", err.message);
         return check_finish();
     }
     best = check_best_backend();
     make_profile();
     test_round_trip();
     test_damage();
+    test_rounded();
     test_arguments();
     test_chains_in_threads();
     test_restore();

@@ -148,9 +148,18 @@ struct fixture {
     std::vector<tensor> expected; /* layer x 2 */
     std::vector<float> numbers[N_LAYERS][N_RUNS]; /* width x rows, times the rows' steps */
 
-    explicit fixture(const geometry &wanted) : of(wanted), width(2 * of.n_heads * of.head_dim)
+    explicit fixture(const geometry &wanted, krul_predict_products products = KRUL_PRODUCTS_F32)
+        : of(wanted), width(2 * of.n_heads * of.head_dim)
     {
         make_profile();
+        options.products = products;
+        if (products != KRUL_PRODUCTS_F32) {
+            for (std::vector<float> *matrix : {&basis, &maps, &left, &right}) {
+                for (float &value : *matrix) {
+                    value = krul_bf16_to_f32(krul_f32_to_bf16(value));
+                }
+            }
+        }
         encode();
         decode();
     }
@@ -346,8 +355,11 @@ struct fixture {
                           classes.data(), shifts.data(), numbers[layer][run].data(),
                           &err) == KRUL_STATUS_OK);
                 for (size_t i = 0; i < numbers[layer][run].size(); i++) {
-                    numbers[layer][run][i] *= krul_predict_row_step(
-                        fineness[i % static_cast<size_t>(n_rows)]);
+                    float &number = numbers[layer][run][i];
+                    number *= krul_predict_row_step(fineness[i % static_cast<size_t>(n_rows)]);
+                    if (options.products != KRUL_PRODUCTS_F32) {
+                        number = krul_bf16_to_f32(krul_f32_to_bf16(number));
+                    }
                 }
             }
         }

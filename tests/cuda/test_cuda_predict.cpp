@@ -271,6 +271,54 @@ test_math()
     }
 }
 
+/* What is rounded is rounded as the CPU does it: numbers exactly, rows but where float32's sums fall
+ * on two sides of a bound, which is far less than rounding itself does. */
+void
+test_rounded()
+{
+    for (const geometry &of : geometries) {
+        fixture made(of, KRUL_PRODUCTS_ROUNDED);
+        krul_error err = {};
+        machine device(made);
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            for (int run = 0; run < N_RUNS && layer != 2; run++) {
+                CHECK(device.decode({device.block_of(layer, run)}, &err) == KRUL_STATUS_OK);
+            }
+        }
+        for (int run = 0; run < N_RUNS; run++) {
+            (void)check_run(made, run, std::ldexp(1.0, -8), device.decoded);
+            (void)check_run(made, run, std::ldexp(1.0, -8), made.expected);
+        }
+        if (of.dtype != KRUL_DTYPE_F32) { /* which is no finer */
+            continue;
+        }
+        /* The same payloads with unrounded rows show what rounding does. */
+        fixture unrounded(of, KRUL_PRODUCTS_ROUNDED);
+        unrounded.options.products = KRUL_PRODUCTS_F32;
+        machine other(unrounded);
+        double off = 0, rounding = 0;
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            for (int run = 0; run < N_RUNS && layer != 2; run++) {
+                krul_device_block block = other.block_of(layer, run);
+                size_t n_bytes = block.entry->payload_bytes;
+                CHECK(n_bytes == made.entries[layer][run].payload_bytes);
+                CHECK(other.decode({block}, &err, &made.payloads[layer][run]) == KRUL_STATUS_OK);
+            }
+            for (int kv = 0; kv < 2 && layer != 2; kv++) {
+                const tensor &got = device.decoded[2 * layer + kv];
+                const tensor &wanted = made.expected[2 * layer + kv];
+                const tensor &free = other.decoded[2 * layer + kv];
+                for (int64_t i = 0; i < got.shape[0] * got.stride[0]; i++) {
+                    double value = wanted.get(i);
+                    off += (got.get(i) - value) * (got.get(i) - value);
+                    rounding += (free.get(i) - value) * (free.get(i) - value);
+                }
+            }
+        }
+        CHECK(rounding > 0 && off < 0.01 * rounding);
+    }
+}
+
 /* Views that are not wanted, and such that hold the first tokens only. */
 void
 test_parts()
@@ -603,6 +651,7 @@ main()
     }
     test_geometries();
     test_math();
+    test_rounded();
     test_parts();
     test_damage();
     test_arguments();

@@ -107,13 +107,21 @@ def from_rows(layer, rows, n_batch, token_start=0):
     return turn(layer, keys, token_start, False), values.copy()
 
 
-def predicted(layer, decoded):
+def rounded(values):
+    """Return numbers rounded to bfloat16, halves to even, by way of float32."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.float64(bits.view(np.float32))
+
+
+def predicted(layer, decoded, is_rounded=False):
     """Return the prediction from what was decoded of the sources, by layer."""
     if not layer.sources:
         return 0.0
-    together = np.concatenate([decoded[source] for source in layer.sources], axis=1)
+    factor = rounded if is_rounded else np.float64
+    together = factor(np.concatenate([decoded[source] for source in layer.sources], axis=1))
     if layer.left is not None:
-        return together @ np.float64(layer.left) @ np.float64(layer.right)
+        return factor(together @ np.float64(layer.left)) @ np.float64(layer.right)
     return together @ np.float64(layer.maps)
 
 
@@ -255,11 +263,14 @@ def read(profile, layer, payload, n_rows):
     return Parsed(float(step), classes, fineness, shifts, values)
 
 
-def decode(profile, index, payload, decoded, n_rows):
+def decode(profile, index, payload, decoded, n_rows, is_rounded=False):
     """Return the centred rows of a block; `decoded` has those of its sources."""
     layer = profile.layers[index]
     block = read(profile, layer, payload, n_rows)
-    return predicted(layer, decoded) + block.numbers @ np.float64(layer.backward)
+    numbers = block.numbers
+    if is_rounded:
+        numbers = block.step * rounded(numbers / block.step)
+    return predicted(layer, decoded, is_rounded) + numbers @ np.float64(layer.backward)
 
 
 def coefficients(profile, index, rows, decoded, steps):
