@@ -51,7 +51,7 @@ def test_more_error_never_costs_more_bytes(rows, left, right):
 def save_under(store, model, monkeypatch, kl_per_error, seen):
     """Save a chat while the guard says that divergence is in proportion to the error."""
 
-    def measure(work, encoded, watch):
+    def measure(work, strategy, encoded, watch):
         by_tensor = {}
         for block in encoded:
             entry = block.entry
