@@ -846,6 +846,9 @@ typedef struct krul_device_stream {
 typedef struct krul_restore_options {
     int n_threads; /* 0: all processors */
     double max_bytes_per_s; /* that are read from files; 0: no limit */
+    /* Whoever waits for layers computes on the very processors that decode, all of them, and both at
+     * once would hold each other up: they take turns. See krul_restore_wait_for. */
+    bool takes_turns;
     krul_restore_machine *machine; /* borrowed until krul_restore_free; NULL: this one */
     krul_device_pool *devices; /* for views that are on one; borrowed likewise; NULL: none are */
     const krul_device_stream *streams; /* whose work so far comes before anything is written */
@@ -870,6 +873,7 @@ typedef struct krul_restore_trace {
     int32_t worker;
     double begin_s;
     double read_s; /* when it was read and checked */
+    double turn_s; /* when what it is predicted from was there, and it was its turn */
     double end_s; /* when it was decoded */
 } krul_restore_trace;
 
@@ -897,7 +901,11 @@ krul_status krul_restore_wait_stream(krul_restore *restore, int32_t layer, void 
                                      krul_error *err) KRUL_MUST_CHECK;
 
 /* Sleep until the layer is complete, failed or cancelled, so that krul_restore_wait would return at
- * once, or until timeout_s has passed (0: only ask). Says which. True for a layer that is none. */
+ * once, or until timeout_s has passed (0: only ask). Says which. True for a layer that is none.
+ *
+ * Where turns are taken, it also waits until what was read meanwhile is decoded, and for a second
+ * after krul_restore_wait has returned, or until somebody waits again, blocks are read but not
+ * decoded: then the processors are the caller's. */
 bool krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s);
 
 /* The caller writes the first n_tokens tokens of a layer itself: steps that hold nothing behind

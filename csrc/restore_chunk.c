@@ -130,7 +130,7 @@ fill_chunk(krul_restore *restore, krul_chunk *chunk, int64_t index, int32_t work
     else if (!is_raw && entry->payload_bytes > 0) {
         memcpy(to, payload, (size_t)entry->payload_bytes);
     }
-    trace.read_s = krul_restore_clock_s() - restore->start_s;
+    trace.read_s = trace.turn_s = krul_restore_clock_s() - restore->start_s;
 
     pthread_mutex_lock(&restore->lock);
     if (status == KRUL_STATUS_OK && is_raw) {

@@ -24,7 +24,10 @@ static const double max_read_s = 1e6;
 
 /* So many blocks are asked for ahead, so that the way to the store is not idle when a worker comes
  * late, which processors that are busy with the model make it do. A limit on bytes allows for it. */
-enum { N_AHEAD = 8 };
+enum { N_AHEAD = 32 };
+
+/* How long blocks that are read wait for a caller who computes with what it waited for. */
+static const double turn_s = 1.0;
 
 /* A read that takes longer than this and a memory's copy is of a store where asking ahead pays. */
 static const double slow_read_s = 50e-6, memory_bytes_per_s = 2e9;
@@ -134,7 +137,7 @@ krul_restore_finish_step(krul_restore *restore, int64_t index, const krul_view *
 {
     const krul_store_entry *entry = &restore->steps[index].entry;
     krul_restore_counts *counts = &restore->counts;
-    double decode_s = trace->end_s - trace->read_s;
+    double decode_s = trace->end_s - trace->turn_s;
     for (int i = 0; i < krul_restore_n_views(entry); i++) {
         restore_layer *layer = &restore->layers[krul_restore_layer_of(entry, i)];
         if (views[i].data == NULL) {
@@ -254,6 +257,41 @@ krul_restore_wait_for_chain(krul_restore *restore, int64_t index, krul_error *fa
     return krul_restore_check_chain(restore, index, failure);
 }
 
+/* ---- turns ---- */
+
+/* Would those who decode keep at least half of the processors busy? Else the caller has room beside
+ * them. */
+static bool
+fill_processors(const krul_restore *restore, int n_ready)
+{
+    return restore->takes_turns && 2 * n_ready >= restore->n_processors;
+}
+
+/* A caller begins to wait; with the lock. */
+static void
+begin_to_wait(krul_restore *restore)
+{
+    if (restore->n_waiting++ == 0 && restore->turn_end_s > 0) {
+        restore->turn_end_s = 0;
+        pthread_cond_broadcast(&restore->has_changed);
+    }
+}
+
+/* A block is read and could be decoded: sleep until it is its turn. With the lock. */
+static void
+wait_for_turn(krul_restore *restore)
+{
+    restore->n_ready++;
+    if (restore->n_ready > restore->most_ready) {
+        restore->most_ready = restore->n_ready;
+    }
+    while (restore->n_waiting == 0 && !restore->is_cancelled &&
+           krul_restore_clock_s() < restore->turn_end_s) {
+        struct timespec end = as_timespec(restore->turn_end_s);
+        pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+    }
+}
+
 /* Carry one step out on this machine; with the lock, which is let go meanwhile. */
 static void
 run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
@@ -280,6 +318,8 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
     if (status == KRUL_STATUS_OK) {
         status = krul_restore_wait_for_chain(restore, index, &failure);
     }
+    wait_for_turn(restore);
+    trace.turn_s = krul_restore_clock_s() - restore->start_s;
     memcpy(views, step->views, sizeof views);
     bool is_needed = krul_restore_is_wanted(restore, index) && !restore->is_cancelled;
     if (is_needed && status == KRUL_STATUS_OK) {
@@ -295,6 +335,7 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
     if (!is_needed) { /* what it would have filled was let go, or stays missing */
         memset(views, 0, sizeof views);
     }
+    restore->n_ready--;
     krul_restore_finish_step(restore, index, views, &failure, &trace);
 }
 
@@ -370,6 +411,7 @@ imagine_step(krul_restore *restore, double until_s)
         .worker = worker,
         .begin_s = begin_s - restore->start_s,
         .read_s = read_s - restore->start_s,
+        .turn_s = read_s - restore->start_s,
         .end_s = end_s - restore->start_s,
     };
     krul_view views[KRUL_COMPRESSOR_MAX_VIEWS];
@@ -588,6 +630,8 @@ krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, 
     restore->n_layers = n_layers;
     restore->machine = options->machine;
     restore->max_bytes_per_s = options->max_bytes_per_s;
+    restore->takes_turns = options->takes_turns;
+    restore->n_processors = krul_pool_n_processors();
     restore->counts.n_steps = n_steps;
     restore->start_s = restore->link_free_s = now_s(restore);
     KRUL_TRY(take_over(restore, steps, err));
@@ -625,8 +669,12 @@ krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
     if (restore->machine != NULL) {
         imagine_layer(restore, layer);
     }
+    begin_to_wait(restore);
     while (!is_done(restore, layer)) {
         pthread_cond_wait(&restore->has_changed, &restore->lock);
+    }
+    if (--restore->n_waiting == 0 && fill_processors(restore, restore->most_ready)) {
+        restore->turn_end_s = krul_restore_clock_s() + turn_s;
     }
     krul_error failure = restore->layers[layer].failure;
     bool is_missing = restore->layers[layer].n_steps_left > 0;
@@ -688,10 +736,16 @@ krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s)
     struct timespec end = as_timespec(krul_restore_clock_s() + timeout_s);
     int failure = 0;
     pthread_mutex_lock(&restore->lock);
-    while (!is_done(restore, layer) && timeout_s > 0 && failure == 0) {
-        failure = pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
-    }
     bool result = is_done(restore, layer);
+    if (timeout_s > 0) {
+        begin_to_wait(restore);
+        while (!(result = is_done(restore, layer) &&
+                          (restore->is_cancelled || !fill_processors(restore, restore->n_ready))) &&
+               failure == 0) {
+            failure = pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+        }
+        restore->n_waiting--;
+    }
     pthread_mutex_unlock(&restore->lock);
     return result;
 }
@@ -803,9 +857,11 @@ void
 krul_restore_join(krul_restore *restore)
 {
     pthread_mutex_lock(&restore->lock);
+    begin_to_wait(restore);
     while (restore->n_running > 0) {
         pthread_cond_wait(&restore->has_changed, &restore->lock);
     }
+    restore->n_waiting--;
     pthread_mutex_unlock(&restore->lock);
 }
 

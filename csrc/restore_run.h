@@ -63,6 +63,12 @@ struct krul_restore {
     double link_free_s; /* when the way to the store is free again */
     int n_reading;
     bool is_slow; /* the store, at the last read */
+    bool takes_turns;
+    int n_processors;
+    int n_waiting; /* callers: then it is the turn of those who decode */
+    int n_ready; /* blocks that are read and are being decoded, or could be */
+    int most_ready; /* at any time so far */
+    double turn_end_s; /* until when it is a caller's turn */
     double reading_since_s;
     krul_restore_counts counts;
 };

@@ -386,12 +386,12 @@ class _Run:
                 self._spend("project", layer, scenario.projection_s_per_token * self.n_tokens)
             self._spend("prompt", layer, scenario.layer_s(self.n_prompt_tokens, self.n_tokens))
         first_token_s = restore.advance(0.0)
-        for (_, _, entry, _), (worker, begin_s, read_s, end_s) in zip(
+        for (_, _, entry, _), (worker, begin_s, read_s, turn_s, end_s) in zip(
             steps, restore.trace().tolist(), strict=True
         ):
             self.events.append(Event("load", entry[4], int(worker), begin_s, read_s))
-            if end_s > read_s:
-                self.events.append(Event("decode", entry[4], int(worker), read_s, end_s))
+            if end_s > turn_s:
+                self.events.append(Event("decode", entry[4], int(worker), turn_s, end_s))
         restore.close()
         return Simulation(
             method=self.method,

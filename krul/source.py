@@ -9,7 +9,6 @@ has been in this very restore.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import math
 import os
@@ -370,6 +369,9 @@ class Source:
                 max_bytes_per_s=self.settings.max_read_bytes_per_s,
                 # The memory was this stream's a moment ago, or is another's use of it.
                 streams=[stream_of(device) for device in self._direct_devices()],
+                # A model that computes elsewhere, or leaves processors free, is not held up.
+                takes_turns=not all(map(is_elsewhere, self.devices))
+                and torch.get_num_threads() >= _core.n_processors(),
             )
         )
         problem = self._restores[-1].predict_problem()
@@ -431,7 +433,6 @@ class Source:
         if not any(n_by_layer):
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
-            self._settle()
             return
         chunks = self._chunks(n_by_layer, n_prompt_tokens)
         if not chunks:
@@ -627,36 +628,6 @@ class Source:
             reason=blocker or best.reason,
         )
 
-    def _settle(self) -> None:
-        """Wait for the layers as long as decoding, not reading, is what takes the time.
-
-        Model and decoder share the processors of a CPU: one after the other they are faster than
-        both at once. Where the store is slow the threads mostly sleep, and the model may begin.
-        Failures are left to `wait`. A model on another device has nothing to wait for here.
-        """
-        if all(map(is_elsewhere, self.devices)):
-            return
-        for layer in range(len(self.manifest.layers)):
-            counts = self.counts()
-            if counts["read_s"] > counts["decode_s"]:
-                return
-            with contextlib.suppress(CorruptionError, OSError):
-                if not self._comes_on(layer):
-                    return
-
-    def _comes_on(self, layer: int) -> bool:
-        """Wait for a layer as long as blocks come in; False where the store has stalled.
-
-        How long to bear that is `wait`'s affair.
-        """
-        for restore in self._restores:
-            n_done = -1
-            while not restore.wait_for(layer, _PATIENCE_POLL_S):
-                n_before, n_done = n_done, restore.counts()["n_steps_done"]
-                if n_done == n_before:
-                    return False
-        return True
-
     # ---- what a cache asks -----------------------------------------------------------------------
 
     def wait(self, layer: int, can_recompute: bool = False) -> None:
@@ -768,10 +739,10 @@ class Source:
             end_s = self._recompute_begin_s + self._recompute_s
             events.append(("recompute", 0, -1, self._recompute_begin_s, end_s))
         traces = self._restores[0].trace().tolist() if self._begun else []
-        for step, (worker, begin_s, read_s, end_s) in zip(self._begun, traces, strict=True):
+        for step, (worker, begin_s, read_s, turn_s, end_s) in zip(self._begun, traces, strict=True):
             if worker >= 0:
                 events.append(("load", step.layers[0], int(worker), begin_s, read_s))
-                events.append(("decode", step.layers[0], int(worker), read_s, end_s))
+                events.append(("decode", step.layers[0], int(worker), turn_s, end_s))
         names = ("action", "layer", "worker", "start_s", "end_s")
         return [
             dict(zip(names, event, strict=True)) for event in sorted(events, key=lambda e: e[3])

@@ -414,17 +414,25 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
     assert max(report.n_recomputed_by_layer) == N_HISTORY
 
 
-def test_a_store_that_stalls_when_decoding_took_the_time_is_given_up(store, cpu_llama, monkeypatch):
+@pytest.mark.parametrize("n_free", [0, 1])
+def test_turns_are_taken_where_the_model_needs_all_processors(
+    store, cpu_llama, monkeypatch, n_free
+):
     _, exact = saved(store, cpu_llama)
-    with krul.attach(cpu_llama, observe=False):
-        expected = next_logits(cpu_llama, exact)
-    with reopened(store, cpu_llama, "load", max_read_bytes_per_s=1e6) as cache:
-        knows(store, cpu_llama, 1e-5, 1e9)
-        source, counts = cache.source, cache.source.counts
-        monkeypatch.setattr(source, "counts", lambda: {**counts(), "read_s": 0.0})
-        source._restores[0].limit(1e-3)
+    expected = next_logits(cpu_llama, exact)
+    asked = []
+    make = krul.source._core.Restore
+
+    def note(*args, **options):
+        asked.append(options["takes_turns"])
+        return make(*args, **options)
+
+    monkeypatch.setattr(krul.source._core, "Restore", note)
+    n_threads = torch.get_num_threads()
+    monkeypatch.setattr(krul.source._core, "n_processors", lambda: n_threads + n_free)
+    with reopened(store, cpu_llama, "load") as cache:
         logits = next_logits(cpu_llama, cache)
-        assert "recomputing takes about" in cache.restore_report.reason
+    assert asked == [n_free == 0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

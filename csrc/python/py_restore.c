@@ -192,8 +192,9 @@ parse_streams(PyObject *streams, krul_device_stream **out, int32_t *n_streams)
 static PyObject *
 restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"steps",           "n_layers", "n_threads", "backend",
-                            "max_bytes_per_s", "machine",  "streams",   NULL};
+    static char *names[] = {"steps",   "n_layers", "n_threads",   "backend", "max_bytes_per_s",
+                            "machine", "streams",  "takes_turns", NULL};
+    int takes_turns = 0;
     PyObject *streams = Py_None;
     krul_device_stream *first = NULL;
     PyObject *steps_in;
@@ -201,9 +202,9 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *machine = Py_None;
     int n_layers;
     krul_restore_options options = {.n_threads = 0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iOdOO:Restore", names, &steps_in, &n_layers,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|iOdOOp:Restore", names, &steps_in, &n_layers,
                                      &options.n_threads, &backend_name, &options.max_bytes_per_s,
-                                     &machine, &streams)) {
+                                     &machine, &streams, &takes_turns)) {
         return NULL;
     }
     py_krul_state *state = PyType_GetModuleState(type);
@@ -225,6 +226,7 @@ restore_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     options.devices = state->devices;
     options.streams = first;
+    options.takes_turns = takes_turns != 0;
     if (is_good && machine != Py_None) {
         self->is_made_up = true;
         options.machine = &self->machine;
@@ -389,7 +391,8 @@ restore_lead(PyObject *object, PyObject *args)
 
 PyDoc_STRVAR(restore_wait_for_doc,
              "wait_for($self, layer, timeout_s, /)\n--\n\n"
-             "Wait until `wait` would return or raise at once, at most so long; say whether.");
+             "Wait until `wait` would return or raise at once, at most so long; say whether.\n\n"
+             "Where turns are taken, until what was read meanwhile is decoded, too.");
 
 static PyObject *
 restore_wait_for(PyObject *object, PyObject *args)
@@ -475,14 +478,16 @@ restore_counts(PyObject *object, PyObject *Py_UNUSED(ignored))
 
 PyDoc_STRVAR(restore_trace_doc,
              "trace($self, /)\n--\n\n"
-             "When each step was carried out, n_steps x 4 float64: worker, or -1 where it was not,\n"
-             "and the seconds since the start at which it began, was read and was decoded.");
+             "When each step was carried out, n_steps x 5 float64: worker, or -1 where it was not,\n"
+             "and the seconds since the start at which it began, was read, could be decoded, and\n"
+             "was.");
 
 static PyObject *
 restore_trace(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     py_restore *self = (py_restore *)object;
-    npy_intp shape[2] = {self->n_steps, 4};
+    enum { N_COLUMNS = 5 };
+    npy_intp shape[2] = {self->n_steps, N_COLUMNS};
     PyObject *array = PyArray_SimpleNew(2, shape, NPY_DOUBLE);
     krul_restore_trace *traces = PyMem_Calloc((size_t)self->n_steps + 1, sizeof *traces);
     if (array == NULL || traces == NULL) {
@@ -494,11 +499,12 @@ restore_trace(PyObject *object, PyObject *Py_UNUSED(ignored))
     krul_restore_read_trace(self->restore, traces);
     Py_END_ALLOW_THREADS
     double *out = PyArray_DATA((PyArrayObject *)array);
-    for (int64_t i = 0; i < self->n_steps; i++) {
-        out[4 * i] = traces[i].worker;
-        out[4 * i + 1] = traces[i].begin_s;
-        out[4 * i + 2] = traces[i].read_s;
-        out[4 * i + 3] = traces[i].end_s;
+    for (int64_t i = 0; i < self->n_steps; i++, out += N_COLUMNS) {
+        out[0] = traces[i].worker;
+        out[1] = traces[i].begin_s;
+        out[2] = traces[i].read_s;
+        out[3] = traces[i].turn_s;
+        out[4] = traces[i].end_s;
     }
 done:
     PyMem_Free(traces);
@@ -638,14 +644,15 @@ static PyMethodDef restore_methods[] = {
 
 PyDoc_STRVAR(restore_doc,
              "Restore(steps, n_layers, n_threads=0, backend=None, max_bytes_per_s=0.0, "
-             "machine=None, streams=None)\n--\n\n"
+             "machine=None, streams=None, takes_turns=False)\n--\n\n"
              "Blocks on their way from files or memory into arrays, on threads of the library.\n\n"
              "Each step is ``(fd, payload or None, entry, arrays)``, then a Predict or None, and how\n"
              "many tokens it writes, from its own first, where the arrays are whole layers. Arrays\n"
              "are written in place and kept alive, files must stay open until `close`. A machine is\n"
              "``(read_bytes_per_s, read_latency_s, decode_bytes_per_s)``: one that is made up, on\n"
              "which only a clock moves. Arrays may be on CUDA devices: what the streams\n"
-             "``[(device, address), ...]`` were told so far comes before what is written there.");
+             "``[(device, address), ...]`` were told so far comes before what is written there. With\n"
+             "takes_turns blocks are not decoded while who waited computes; see `wait_for`.");
 
 static PyType_Slot restore_slots[] = {
     {Py_tp_new, restore_new},

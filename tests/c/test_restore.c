@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "internal.h"
+#include "restore_run.h"
 
 enum { N_LAYERS = 5, N_TOKENS = 70, HEAD_DIM = 8, N_VALUES = N_TOKENS * HEAD_DIM };
 
@@ -217,6 +218,73 @@ test_limit(void)
 }
 
 /* What is dropped is neither waited for nor written; what was decoded before stays. */
+/* The block that is read next is left alone, on processors that the caller needs, until somebody waits
+ * again, or will never. */
+static void
+test_turns(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    const double first_bytes = (double)steps[0].entry.payload_bytes;
+    for (int end = 0; end < 4; end++) {
+        krul_restore *restore = NULL;
+        krul_restore_counts counts = {0};
+        krul_restore_options options = {
+            .n_threads = 2, .max_bytes_per_s = first_bytes / 0.01, .takes_turns = true};
+        memset(target, 0, sizeof target);
+        CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options,
+                                 &restore, &err) == KRUL_STATUS_OK);
+        pthread_mutex_lock(&restore->lock);
+        restore->n_processors = 1; /* which one block keeps busy */
+        pthread_mutex_unlock(&restore->lock);
+        while (!krul_restore_wait_for(restore, 0, 1.0)) {
+        }
+        CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+        pthread_mutex_lock(&restore->lock);
+        int64_t n_done = restore->counts.n_steps_done;
+        CHECK(restore->turn_end_s > krul_restore_clock_s() || n_done == N_LAYERS);
+        restore->turn_end_s += 3600; /* however slow this machine is */
+        int n_most = restore->n_running;
+        while (restore->n_ready < n_most && n_done + restore->n_ready < N_LAYERS) {
+            pthread_mutex_unlock(&restore->lock);
+            usleep(1000);
+            pthread_mutex_lock(&restore->lock);
+        }
+        pthread_mutex_unlock(&restore->lock);
+        for (int32_t layer = 0; layer < N_LAYERS; layer++) { /* asking changes nothing */
+            (void)krul_restore_wait_for(restore, layer, 0);
+        }
+        usleep(2000);
+        krul_restore_read_counts(restore, &counts);
+        CHECK(counts.n_steps_done == n_done);
+        switch (end) {
+            case 0:
+                while (!krul_restore_wait_for(restore, N_LAYERS - 1, 1.0)) {
+                }
+                break;
+            case 1:
+                CHECK(krul_restore_wait(restore, N_LAYERS - 1, &err) == KRUL_STATUS_OK);
+                break;
+            case 2:
+                krul_restore_join(restore);
+                break;
+            default:
+                krul_restore_abandon(restore);
+        }
+        krul_restore_join(restore);
+        CHECK(end == 3 || memcmp(source, target, sizeof source) == 0);
+        krul_restore_trace traces[N_LAYERS];
+        krul_restore_read_trace(restore, traces);
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            CHECK(traces[layer].read_s <= traces[layer].turn_s &&
+                  traces[layer].turn_s <= traces[layer].end_s);
+        }
+        krul_restore_free(restore);
+    }
+    close(fd);
+}
+
 static void
 test_drop(void)
 {
@@ -423,7 +491,8 @@ test_storm(void)
         }
         memset(target, 0, sizeof target);
         krul_restore_options options = {.n_threads = 1 + (int)(rand_r(&seed) % 3),
-                                        .max_bytes_per_s = rand_r(&seed) % 2 ? 1e7 : 0};
+                                        .max_bytes_per_s = rand_r(&seed) % 2 ? 1e7 : 0,
+                                        .takes_turns = rand_r(&seed) % 2 != 0};
         krul_error err;
         pthread_t thread;
         meddling with = {.seed = (unsigned)rand_r(&seed)};
@@ -511,6 +580,7 @@ main(void)
     test_from_file(true);
     test_cancel();
     test_limit();
+    test_turns();
     test_drop();
     test_reorder();
     test_storm();
