@@ -29,6 +29,10 @@ enum { N_AHEAD = 32 };
 /* How long blocks that are read wait for a caller who computes with what it waited for. */
 static const double turn_s = 1.0;
 
+/* Who decodes waits for the store if nothing was read for so long: a block in the page cache takes
+ * half of it. */
+static const double starved_s = 100e-6;
+
 /* A read that takes longer than this and a memory's copy is of a store where asking ahead pays. */
 static const double slow_read_s = 50e-6, memory_bytes_per_s = 2e9;
 
@@ -658,6 +662,25 @@ is_done(const krul_restore *restore, int32_t layer)
            restore->layers[layer].failure.status != KRUL_STATUS_OK || restore->is_cancelled;
 }
 
+/* Is there nothing to decode but what must be waited for? With the lock, which is let go meanwhile. */
+static bool
+is_turn_over(krul_restore *restore)
+{
+    double since_s = krul_restore_clock_s();
+    const struct timespec end = as_timespec(since_s + starved_s);
+    while (restore->takes_turns && !restore->is_cancelled &&
+           restore->counts.n_steps_done < restore->n_steps) {
+        if (fill_processors(restore, restore->n_ready)) {
+            return false;
+        }
+        if (krul_restore_clock_s() >= since_s + starved_s) {
+            break;
+        }
+        (void)pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+    }
+    return true;
+}
+
 krul_status
 krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
 {
@@ -739,9 +762,7 @@ krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s)
     bool result = is_done(restore, layer);
     if (timeout_s > 0) {
         begin_to_wait(restore);
-        while (!(result = is_done(restore, layer) &&
-                          (restore->is_cancelled || !fill_processors(restore, restore->n_ready))) &&
-               failure == 0) {
+        while (!(result = is_done(restore, layer) && is_turn_over(restore)) && failure == 0) {
             failure = pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
         }
         restore->n_waiting--;

@@ -433,6 +433,8 @@ class Source:
         if not any(n_by_layer):
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
+            # Before the model's own threads are awake: they would look for work all the while.
+            self._restores[-1].wait_for(0, _PATIENCE_POLL_S)
             return
         chunks = self._chunks(n_by_layer, n_prompt_tokens)
         if not chunks:
