@@ -238,7 +238,7 @@ class Conversation:
             "decode entropy": n_blocks * (more - once) / n_repeats,
             "encode entropy": n_blocks * encode_s,
             "decode products": n_blocks * product_s * (n_maps + 1),
-            "encode products": n_blocks * product_s * (n_maps + 3),
+            "encode products": n_blocks * product_s * (n_maps + 2),
         }
 
 

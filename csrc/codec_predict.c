@@ -22,6 +22,7 @@ enum {
     SHIFT_FLOATS = 12, /* N_SHIFTS, filled up to whole vectors of four */
     MAX_RICE_BITS = 7,
     LEVELS_PER_OCTAVE = 3,
+    N_LANES = 8, /* of partial sums */
     MIN_FINENESS = KRUL_PREDICT_MIN_FINENESS,
     MAX_FINENESS = KRUL_PREDICT_MAX_FINENESS,
     N_FINENESSES = MAX_FINENESS - MIN_FINENESS + 1,
@@ -29,6 +30,9 @@ enum {
 
 /* Coefficients from here on are not coded: the step is absurdly fine for them. */
 static const float MAX_COEFFICIENT = 8388608.0f;
+
+/* Up to 2^22, a number is a whole one when 1.5 times 2^23 was added to it. */
+static const float MAX_EASY = 4194304.0f, TO_WHOLE = 12582912.0f;
 
 /* What was decoded of one layer, until its last user has read it. */
 typedef struct chain_layer {
@@ -872,6 +876,26 @@ scale_rows(predict_coding *coding, int64_t n_columns)
     }
 }
 
+/* Multiply by the rows' inverse steps and round; how many are not below `most`. Where that is
+ * MAX_EASY, rounding is two additions, which every processor does vector by vector: between 2^23 and
+ * 2^24 floats are whole numbers. */
+static inline int32_t
+round_column(float *restrict coefficients, const float *restrict inverse, int64_t n_rows,
+             float most, int32_t *restrict values_out)
+{
+    int32_t n_large = 0;
+    for (int64_t row = 0; row < n_rows; row++) {
+        n_large += !(fabsf(coefficients[row] * inverse[row]) < most);
+    }
+    for (int64_t row = 0; n_large == 0 && row < n_rows; row++) {
+        float scaled = coefficients[row] * inverse[row];
+        float whole = most == MAX_EASY ? (scaled + TO_WHOLE) - TO_WHOLE : rintf(scaled);
+        coefficients[row] = whole;
+        values_out[row] = (int32_t)whole;
+    }
+    return n_large;
+}
+
 /* Divide by the rows' steps and round; false where a coefficient is not finite or absurdly large. */
 static bool
 quantise(predict_coding *coding, float step)
@@ -880,26 +904,30 @@ quantise(predict_coding *coding, float step)
     for (int64_t row = 0; row < coding->n_rows; row++) {
         inverse[row] = 1.0f / (step * coding->row_steps[row]);
     }
-    bool is_good = true;
-    for (int64_t column = 0; column < coding->width && is_good; column++) {
+    int32_t n_bad = 0;
+    for (int64_t column = 0; column < coding->width && n_bad == 0; column++) {
         float *coefficients = coding->coefficients + column * coding->n_rows;
         int32_t *values = coding->values + column * coding->n_rows;
-        int32_t n_bad = 0;
-        for (int64_t row = 0; row < coding->n_rows; row++) {
-            float scaled = coefficients[row] * inverse[row];
-            n_bad += !(fabsf(scaled) < MAX_COEFFICIENT);
-            int32_t value = (int32_t)lrintf(scaled);
-            values[row] = value;
-            coefficients[row] = (float)value;
+        if (round_column(coefficients, inverse, coding->n_rows, MAX_EASY, values) != 0) {
+            n_bad = round_column(coefficients, inverse, coding->n_rows, MAX_COEFFICIENT, values);
         }
-        is_good = n_bad == 0;
     }
-    return is_good;
+    return n_bad == 0;
+}
+
+static float
+sum_of_lanes(const float sums[N_LANES])
+{
+    float sum = 0;
+    for (int i = 0; i < N_LANES; i++) {
+        sum += sums[i];
+    }
+    return sum;
 }
 
 /* How often a column has each symbol in rows of each fineness. */
 typedef struct column_counts {
-    uint32_t of[N_FINENESSES][N_SYMBOLS];
+    int32_t of[N_FINENESSES][N_SYMBOLS];
     bool is_used[N_FINENESSES];
     int low[N_FINENESSES], high[N_FINENESSES]; /* symbols that occur lie between */
 } column_counts;
@@ -921,6 +949,23 @@ class_bits_of(const krul_predict *predict, const column_counts *counts, int32_t 
     return n_bits;
 }
 
+/* The sum of a column's sizes, in several partial sums that one vector adds to. */
+static float
+size_of(const int32_t *values, const float *row_steps, int64_t n_rows)
+{
+    float sums[N_LANES] = {0};
+    int64_t row = 0;
+    for (; row + N_LANES <= n_rows; row += N_LANES) {
+        for (int i = 0; i < N_LANES; i++) {
+            sums[i] += fabsf((float)values[row + i]) * row_steps[row + i];
+        }
+    }
+    for (; row < n_rows; row++) {
+        sums[0] += fabsf((float)values[row]) * row_steps[row];
+    }
+    return sum_of_lanes(sums);
+}
+
 /* The class that codes a column in the fewest bits, KRUL_ENTROPY_NO_SYMBOLS for zeros: sought around
  * the expected one and the one that the numbers' mean size suggests, further upwards, where fewer
  * numbers are escapes. */
@@ -936,7 +981,10 @@ choose_class(const krul_predict *predict, const predict_coding *coding, int64_t 
             counts->high[i] = 0;
         }
     }
-    float sum = 0;
+    float sum = size_of(values, coding->row_steps, coding->n_rows);
+    if (sum == 0) {
+        return KRUL_ENTROPY_NO_SYMBOLS;
+    }
     for (int64_t row = 0; row < coding->n_rows; row++) {
         int32_t own = coding->fineness[row] - MIN_FINENESS;
         int64_t symbol = (int64_t)values[row] + KRUL_ENTROPY_ZERO;
@@ -946,10 +994,6 @@ choose_class(const krul_predict *predict, const predict_coding *coding, int64_t 
         counts->of[own][symbol]++;
         counts->low[own] = symbol < counts->low[own] ? (int)symbol : counts->low[own];
         counts->high[own] = symbol > counts->high[own] ? (int)symbol : counts->high[own];
-        sum += fabsf((float)values[row]) * coding->row_steps[row];
-    }
-    if (sum == 0) {
-        return KRUL_ENTROPY_NO_SYMBOLS;
     }
     int32_t size_level = krul_predict_level_of(1.5f * sum / (float)coding->n_rows);
     int32_t suggested = nearest_table(predict->unit_table + size_level, predict->n_tables);
@@ -986,6 +1030,15 @@ choose_classes(const krul_predict *predict, int32_t index, float step, predict_c
     }
 }
 
+/* Add SHIFT_FLOATS numbers, in vectors. */
+static inline void
+add_floats(float *restrict sums, const float *restrict more)
+{
+    for (int i = 0; i < SHIFT_FLOATS; i++) {
+        sums[i] += more[i];
+    }
+}
+
 /* For every row, how far its numbers lie above or below the classes of their components, beyond what
  * its fineness alone makes of them. */
 static void
@@ -999,15 +1052,12 @@ choose_shifts(const krul_predict *predict, predict_coding *coding)
         }
         const int32_t *values = coding->values + column * n_rows;
         int32_t lowest = coding->classes[column] - MIN_FINENESS;
-        float *n_bits = coding->shift_bits;
+        float *restrict n_bits = coding->shift_bits;
         for (int64_t row = 0; row < n_rows; row++, n_bits += SHIFT_FLOATS) {
             const float *costs = predict->shift_costs[lowest + coding->fineness[row]][0];
             uint32_t symbol = (uint32_t)values[row] + KRUL_ENTROPY_ZERO;
             symbol = symbol < KRUL_ENTROPY_ESCAPE ? symbol : KRUL_ENTROPY_ESCAPE;
-            const float *more = costs + symbol * SHIFT_FLOATS;
-            for (int i = 0; i < SHIFT_FLOATS; i++) {
-                n_bits[i] += more[i];
-            }
+            add_floats(n_bits, costs + symbol * SHIFT_FLOATS);
         }
     }
     for (int64_t row = 0; row < n_rows; row++) {
@@ -1159,6 +1209,39 @@ largest_turn(const krul_predict *predict, const krul_rotary *rotary, int64_t tok
     return sqrtf(largest);
 }
 
+/* Add to sum |x - decoded|^2 and sum |x|^2 those of K or V of one row, and find what is largest of
+ * what comes back, in several partial results that one vector holds. */
+static void
+measure_half(const float *exact, const float *decoded, const float *mean, int64_t width,
+             float *largest, double error_out[2])
+{
+    float errors[N_LANES] = {0}, powers[N_LANES] = {0}, sizes[N_LANES] = {0};
+    int64_t at = 0;
+    for (; at + N_LANES <= width; at += N_LANES) {
+        for (int i = 0; i < N_LANES; i++) {
+            float difference = exact[at + i] - decoded[at + i];
+            float value = exact[at + i] + mean[at + i];
+            float size = fabsf(decoded[at + i] + mean[at + i]);
+            errors[i] += difference * difference;
+            powers[i] += value * value;
+            sizes[i] = size > sizes[i] ? size : sizes[i];
+        }
+    }
+    for (; at < width; at++) {
+        float difference = exact[at] - decoded[at];
+        float value = exact[at] + mean[at];
+        float size = fabsf(decoded[at] + mean[at]);
+        errors[0] += difference * difference;
+        powers[0] += value * value;
+        sizes[0] = size > sizes[0] ? size : sizes[0];
+    }
+    for (int i = 0; i < N_LANES; i++) {
+        *largest = sizes[i] > *largest ? sizes[i] : *largest;
+    }
+    error_out[0] += (double)sum_of_lanes(errors);
+    error_out[1] += (double)sum_of_lanes(powers);
+}
+
 /* Add errors up, and see that all that will come back is finite; limits are of K and of V. */
 static bool
 measure_rows(const krul_predict_layer *layer, const float *exact, const float *decoded,
@@ -1167,19 +1250,11 @@ measure_rows(const krul_predict_layer *layer, const float *exact, const float *d
     int64_t width = width_of(layer);
     float largest[2] = {0, 0};
     for (int64_t row = 0; row < n_rows; row++, exact += width, decoded += width) {
-        float error = 0, power = 0;
         for (int kv = 0; kv < 2; kv++) {
-            for (int64_t i = kv * width / 2; i < (kv + 1) * width / 2; i++) {
-                float difference = exact[i] - decoded[i];
-                float value = exact[i] + layer->mean[i];
-                float size = fabsf(decoded[i] + layer->mean[i]);
-                error += difference * difference;
-                power += value * value;
-                largest[kv] = size > largest[kv] ? size : largest[kv];
-            }
+            int64_t at = kv * width / 2;
+            measure_half(exact + at, decoded + at, layer->mean + at, width / 2, &largest[kv],
+                         error_out);
         }
-        error_out[0] += (double)error;
-        error_out[1] += (double)power;
     }
     return largest[0] < limits[0] && largest[1] < limits[1] && isfinite(error_out[0]) &&
            isfinite(error_out[1]);
