@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -371,7 +372,7 @@ class Source:
                 streams=[stream_of(device) for device in self._direct_devices()],
                 # A model that computes elsewhere, or leaves processors free, is not held up.
                 takes_turns=not all(map(is_elsewhere, self.devices))
-                and torch.get_num_threads() >= _core.n_processors(),
+                and torch.get_num_threads() >= _n_cores(),
             )
         )
         problem = self._restores[-1].predict_problem()
@@ -909,6 +910,15 @@ class _Meeting:
                 decode_s = source._cpu_bytes(step) / speed / n_threads
                 blocks.append(Block(column, step.layers, step.payload_bytes / rate, decode_s))
         return blocks, there
+
+
+def _n_cores() -> int:
+    """Return how many processors share nothing: torch starts no thread for the others."""
+    try:
+        is_shared = Path("/sys/devices/system/cpu/smt/active").read_text().strip() == "1"
+    except OSError:
+        is_shared = False
+    return _core.n_processors() // 2 if is_shared else _core.n_processors()
 
 
 def _profile_of(segment: SegmentInfo, find: Callable[[str], Profile] | None) -> tuple[Profile, str]:

@@ -429,7 +429,7 @@ def test_turns_are_taken_where_the_model_needs_all_processors(
 
     monkeypatch.setattr(krul.source._core, "Restore", note)
     n_threads = torch.get_num_threads()
-    monkeypatch.setattr(krul.source._core, "n_processors", lambda: n_threads + n_free)
+    monkeypatch.setattr(krul.source, "_n_cores", lambda: n_threads + n_free)
     with reopened(store, cpu_llama, "load") as cache:
         logits = next_logits(cpu_llama, cache)
     assert asked == [n_free == 0]
@@ -578,6 +578,19 @@ def test_the_timeline_of_a_restore(store, cpu_llama):
         event["start_s"] < recompute["end_s"] and recompute["start_s"] < event["end_s"]
         for event in loads
     )
+
+
+def test_processors_of_one_core_are_counted_once(monkeypatch):
+    for active, expected in (("1\n", 4), ("0\n", 8), (None, 8)):
+
+        def read(path, active=active):
+            if active is None:
+                raise FileNotFoundError(path)
+            return active
+
+        monkeypatch.setattr(krul.source.Path, "read_text", read)
+        monkeypatch.setattr(krul.source._core, "n_processors", lambda: 8)
+        assert krul.source._n_cores() == expected
 
 
 # ---- everything at once --------------------------------------------------------------------------
