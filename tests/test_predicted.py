@@ -221,6 +221,8 @@ def test_auto_finds_the_coarsest_step_that_the_guard_allows(store, llama):
 
 
 def test_the_first_step_follows_what_was_measured(store, llama, monkeypatch):
+    # Of one kind for all steps: between two kinds the divergence is no parabola.
+    monkeypatch.setattr(krul.encode, "choose_products", lambda profile, step: "float32")
     settings = krul.Settings(max_kl=1e-4, min_top1=0.5)
     saved(store, llama, history(), settings)
     tried = []
@@ -232,7 +234,7 @@ def test_the_first_step_follows_what_was_measured(store, llama, monkeypatch):
 
     monkeypatch.setattr(krul.encode.Encoder, "encode", watch)
     saved(store, llama, history(seed=5), settings, name="next")
-    assert len(tried) <= 3
+    assert len(tried) <= 2
     assert max(tried) < 0.5
 
 

@@ -414,6 +414,20 @@ def test_a_store_that_stalls_half_way_is_given_up(store, llama):
     assert max(report.n_recomputed_by_layer) == N_HISTORY
 
 
+def test_a_store_that_stalls_when_decoding_took_the_time_is_given_up(store, cpu_llama, monkeypatch):
+    _, exact = saved(store, cpu_llama)
+    with krul.attach(cpu_llama, observe=False):
+        expected = next_logits(cpu_llama, exact)
+    with reopened(store, cpu_llama, "load", max_read_bytes_per_s=1e6) as cache:
+        knows(store, cpu_llama, 1e-5, 1e9)
+        source, counts = cache.source, cache.source.counts
+        monkeypatch.setattr(source, "counts", lambda: {**counts(), "read_s": 0.0})
+        source._restores[0].limit(1e-3)
+        logits = next_logits(cpu_llama, cache)
+        assert "recomputing takes about" in cache.restore_report.reason
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("n_free", [0, 1])
 def test_turns_are_taken_where_the_model_needs_all_processors(
     store, cpu_llama, monkeypatch, n_free
