@@ -397,7 +397,7 @@ new_floats(int64_t rows, int64_t columns, krul_error *err)
 static void
 round_values(const krul_backend *backend, float *values, int64_t n_values)
 {
-    enum { N_AT_ONCE = 1024 }; /* twice 3 KiB stay in the first cache */
+    enum { N_AT_ONCE = 1024 }; /* 6 KiB stay in the first cache */
     uint16_t narrow[N_AT_ONCE];
     for (int64_t at = 0; at < n_values; at += N_AT_ONCE) {
         int64_t n = krul_min_i64(n_values - at, N_AT_ONCE);
