@@ -7,9 +7,11 @@
 /* bf16 bits of 2^120: scales stay below, so that code * scale is exact and finite in f32. */
 enum { KRUL_INT_SCALE_END = 0x7b80 };
 
-/* A view's decoded bytes from which decoding writes past the caches: half of a common second-level
- * cache. Below it the reader that follows finds the values in the cache. */
-enum { KRUL_STREAM_FROM_BYTES = 512 * 1024 };
+/* A view's decoded bytes from which decoding writes past the caches, into memory, without reading
+ * first what is there. A view is one block of many: a few blocks later its values would be in no
+ * cache either, and memory is what decoding waits for. Whoever decodes so little and reads it at
+ * once finds it in the cache. */
+enum { KRUL_STREAM_FROM_BYTES = 64 * 1024 };
 
 /* Where the parts of one plane (n_tokens x head_dim) stand; scales come first. */
 typedef struct krul_int_layout {

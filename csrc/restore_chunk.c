@@ -69,6 +69,7 @@ drain(krul_restore *restore, krul_chunk *chunk)
     }
     chunk->state = KRUL_CHUNK_FREE;
     pthread_cond_broadcast(&restore->has_changed);
+    pthread_cond_broadcast(&restore->layer_has_changed);
 }
 
 void

@@ -87,9 +87,12 @@ decoded_bytes(const krul_store_entry *entry, const krul_view *views)
 
 /* A layer waits for one step less; with the lock. What was enqueued for it stands before its event. */
 static void
-count_step(restore_layer *layer)
+count_step(krul_restore *restore, restore_layer *layer)
 {
     layer->n_steps_left--;
+    if (layer->n_steps_left == 0) {
+        pthread_cond_broadcast(&restore->layer_has_changed);
+    }
     if (layer->n_steps_left > 0 || layer->lane == NULL || !layer->is_enqueued) {
         return;
     }
@@ -109,7 +112,7 @@ static void
 let_go(krul_restore *restore, krul_restore_step *step, int view)
 {
     step->views[view].data = NULL;
-    count_step(&restore->layers[krul_restore_layer_of(&step->entry, view)]);
+    count_step(restore, &restore->layers[krul_restore_layer_of(&step->entry, view)]);
 }
 
 int64_t
@@ -152,8 +155,9 @@ krul_restore_finish_step(krul_restore *restore, int64_t index, const krul_view *
         }
         if (failure->status != KRUL_STATUS_OK && layer->failure.status == KRUL_STATUS_OK) {
             layer->failure = *failure;
+            pthread_cond_broadcast(&restore->layer_has_changed);
         }
-        count_step(layer);
+        count_step(restore, layer);
     }
     if (failure->status != KRUL_STATUS_OK) {
         restore->failures[index] = failure->status;
@@ -172,6 +176,9 @@ krul_restore_finish_step(krul_restore *restore, int64_t index, const krul_view *
         counts->elapsed_s = trace->end_s;
     }
     pthread_cond_broadcast(&restore->has_changed);
+    if (counts->n_steps_done == restore->n_steps) {
+        pthread_cond_broadcast(&restore->layer_has_changed);
+    }
 }
 
 /* What comes to be read N_AHEAD blocks from now; a fd of -1 where that is nothing. */
@@ -340,6 +347,9 @@ run_step(krul_restore *restore, int64_t index, int32_t worker, uint8_t *buffer)
         memset(views, 0, sizeof views);
     }
     restore->n_ready--;
+    if (!fill_processors(restore, restore->n_ready)) {
+        pthread_cond_broadcast(&restore->layer_has_changed);
+    }
     krul_restore_finish_step(restore, index, views, &failure, &trace);
 }
 
@@ -365,6 +375,7 @@ run_steps(void *argument)
     krul_restore_drain_all(restore);
     restore->n_running--;
     pthread_cond_broadcast(&restore->has_changed);
+    pthread_cond_broadcast(&restore->layer_has_changed);
     pthread_mutex_unlock(&restore->lock);
     free(buffer);
 }
@@ -628,6 +639,7 @@ krul_restore_start(const krul_backend *backend, const krul_restore_step *steps, 
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&restore->has_changed, &monotonic);
+    pthread_cond_init(&restore->layer_has_changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
     restore->backend = backend;
     restore->n_steps = n_steps;
@@ -676,7 +688,7 @@ is_turn_over(krul_restore *restore)
         if (krul_restore_clock_s() >= since_s + starved_s) {
             break;
         }
-        (void)pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+        (void)pthread_cond_timedwait(&restore->layer_has_changed, &restore->lock, &end);
     }
     return true;
 }
@@ -694,7 +706,7 @@ krul_restore_wait(krul_restore *restore, int32_t layer, krul_error *err)
     }
     begin_to_wait(restore);
     while (!is_done(restore, layer)) {
-        pthread_cond_wait(&restore->has_changed, &restore->lock);
+        pthread_cond_wait(&restore->layer_has_changed, &restore->lock);
     }
     if (--restore->n_waiting == 0 && fill_processors(restore, restore->most_ready)) {
         restore->turn_end_s = krul_restore_clock_s() + turn_s;
@@ -763,7 +775,7 @@ krul_restore_wait_for(krul_restore *restore, int32_t layer, double timeout_s)
     if (timeout_s > 0) {
         begin_to_wait(restore);
         while (!(result = is_done(restore, layer) && is_turn_over(restore)) && failure == 0) {
-            failure = pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
+            failure = pthread_cond_timedwait(&restore->layer_has_changed, &restore->lock, &end);
         }
         restore->n_waiting--;
     }
@@ -857,6 +869,7 @@ krul_restore_cancel(krul_restore *restore)
     pthread_mutex_lock(&restore->lock);
     restore->is_cancelled = true;
     pthread_cond_broadcast(&restore->has_changed);
+    pthread_cond_broadcast(&restore->layer_has_changed);
     pthread_mutex_unlock(&restore->lock);
 }
 
@@ -921,6 +934,7 @@ krul_restore_free(krul_restore *restore)
     }
     pthread_mutex_destroy(&restore->lock);
     pthread_cond_destroy(&restore->has_changed);
+    pthread_cond_destroy(&restore->layer_has_changed);
     free(restore->steps);
     free(restore->states);
     free(restore->traces);

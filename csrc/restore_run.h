@@ -55,6 +55,9 @@ struct krul_restore {
     double start_s;
     pthread_mutex_t lock; /* guards all below, the layers, states and traces */
     pthread_cond_t has_changed;
+    /* For callers, who are not woken by every block: a layer is in or failed, or so little is ready
+     * to be decoded that it may be a caller's turn. */
+    pthread_cond_t layer_has_changed;
     int64_t *order; /* in which steps are taken */
     int64_t next_step; /* place in order */
     int n_running; /* workers submitted and not yet ended */

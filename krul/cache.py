@@ -301,6 +301,7 @@ class Cache(DynamicCache):
         is_first = self.source is not None
         watch = Stopwatch(self._device())
         self._prepare_restore(n_new)
+        self._end_if_in()
         n_before = self.n_tokens
         if self._known() is None:
             self._lose_tokens(self.why_unknown)
@@ -771,6 +772,17 @@ class Cache(DynamicCache):
                     self._restored, self.source = self.source, None
                 else:
                     self._end_restore()
+
+    def _end_if_in(self) -> None:
+        """End a restore that left nothing to wait for, before a pass asks layer by layer."""
+        is_in = getattr(self.source, "is_in", None)
+        if is_in is None or not is_in():
+            return
+        with self._restore_lock:
+            for layer in self.layers:
+                if isinstance(layer, KrulLayer):
+                    layer.pending = None
+            self._end_restore()
 
     def _end_restore(self) -> None:
         source, self.source = self.source, None

@@ -21,7 +21,7 @@ from .estimator import Estimator
 from .fingerprint import Fingerprint, check_fingerprint
 from .hooks import attach
 from .layer import KrulLayer
-from .model import generation_model, support, text_config
+from .model import generation_model, recall, replace_remembered, support, text_config
 from .plan import SHAPES, Costs, Plan, Step, plan, predict
 from .probe import Capabilities, examine, why_not_partial
 from .recompute import recompute_prefix
@@ -55,6 +55,8 @@ __all__ = [
 
 
 _CODECS_WITH_PROFILE = ("auto", "predict")
+
+_DEVICES = "devices"  # what `recall` knows them by
 
 
 def _roll_back(
@@ -124,15 +126,20 @@ def open_cache(
     """
     settings = Settings() if settings is None else settings
     conversation = store.files(conversation_id)
-    reason = support(model)
-    if reason is not None:
-        raise UnsupportedModelError(reason)
+    # Where the layers were when the model was last asked; it is asked again below.
+    devices = recall(model, _DEVICES)
+    if devices is None:
+        devices = _ask_devices(model)
     manifest, problem = _read_manifest(conversation)
     # Threads read and decode while the model is looked at; what they decode of another model's
-    # conversation is thrown away.
-    arrival = None if manifest is None else _Arrival(conversation, manifest, settings, model)
+    # conversation, or for where a layer no longer is, is thrown away.
+    arrival = None if manifest is None else _Arrival(conversation, manifest, settings, devices)
     cache = None
     try:
+        moved = _ask_devices(model)
+        if manifest is not None and arrival is not None and moved != devices:
+            arrival.source.close()
+            arrival = _Arrival(conversation, manifest, settings, moved)
         capabilities, present = examine(model, is_supported=True)
         if capabilities.cache is not None:
             raise UnsupportedModelError(capabilities.cache)
@@ -159,6 +166,16 @@ def open_cache(
             cache.close()
         raise
     return cache
+
+
+def _ask_devices(model: Any) -> list[torch.device]:
+    """Return the device of each layer of a model that krul supports, and remember it."""
+    reason = support(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    devices = layer_devices(model)
+    replace_remembered(model, _DEVICES, devices)
+    return devices
 
 
 def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Cache:
@@ -198,12 +215,15 @@ class _Arrival:
     """
 
     def __init__(
-        self, conversation: ConversationFiles, manifest: Manifest, settings: Settings, model: Any
+        self,
+        conversation: ConversationFiles,
+        manifest: Manifest,
+        settings: Settings,
+        devices: list[torch.device],
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
         find_profile = conversation.store.profiles.get
-        devices = layer_devices(model)
         self.source = source = Source(conversation, manifest, settings, book, find_profile, devices)
         self.windows: dict[int, KeysAndValues] = {}
         self.buffers: dict[int, KeysAndValues] = {}

@@ -66,6 +66,10 @@ _ALIGNMENT_BYTES = 64
 # The new prompt that a restore is planned for until the real one is known.
 _EXPECTED_PROMPT_TOKENS = 64
 
+# A store that gives every block in less is read from before there is a plan: making one takes so
+# long, and which blocks come first hardly matters there.
+_PLANNING_S = 1e-3
+
 # Before a restore has read so much, what was measured earlier says more about the store; unless it
 # is late by more than this many times and seconds.
 _TRUSTED_READ_BYTES = 1 << 20
@@ -257,35 +261,20 @@ class Source:
         there are any, and used again by the next: a page fault for every 4 KB would take longer
         than decoding what goes there.
         """
-        n_batch = self.manifest.n_batch
         n_room = self.n_tokens + _ROOM_TOKENS
-        places: list[tuple[int, tuple[int, ...], torch.dtype, int]] = []
-        total = 0
+        wanted: list[_Wanted] = []
         for layer, layout in enumerate(self.manifest.layers):
             for kv in (0, 1) if layout.kind == "full" else ():
                 head_dim, dtype = _dims_and_dtype(layout, kv)
-                shape = (n_batch, layout.n_kv_heads, n_room, head_dim)
-                places.append((layer, shape, dtype, total))
-                if not is_elsewhere(self.devices[layer]):
-                    total += math.prod(shape) * dtype.itemsize
-                    total += -total % _ALIGNMENT_BYTES
+                shape = (self.manifest.n_batch, layout.n_kv_heads, n_room, head_dim)
+                wanted.append((self.devices[layer], dtype, shape))
         with torch.inference_mode(False), torch.no_grad():
-            memory = torch.frombuffer(_core.Memory(max(1, total)), dtype=torch.uint8)
-            made = [
-                (
-                    layer,
-                    torch.empty(shape, dtype=dtype, device=self.devices[layer])
-                    if is_elsewhere(self.devices[layer])
-                    else memory[start : start + math.prod(shape) * dtype.itemsize]
-                    .view(dtype)
-                    .view(shape),
-                )
-                for layer, shape, dtype, start in places
-            ]
-        return {
-            layer: (keys, values)
-            for (layer, keys), (_, values) in zip(made[::2], made[1::2], strict=True)
-        }
+            made = iter(_tensors(wanted))
+            return {
+                layer: (next(made), next(made))
+                for layer, layout in enumerate(self.manifest.layers)
+                if layout.kind == "full"
+            }
 
     def start(self, buffers: dict[int, KeysAndValues]) -> None:
         """Start filling the buffers of the full layers.
@@ -323,22 +312,43 @@ class Source:
             for segment, fd, entries in self._files
             for step in _steps_of(entries, fd, segment, room)
         ]
-        self._starts = _starts_by_layer(steps)
+        # As they are needed where nothing is recomputed.
+        steps.sort(key=lambda step: (step.layers[0], step.token_start))
         self._n_tokens = self.n_tokens
         self._steps = steps
+        if self.settings.restore != "recompute":
+            self._begun = steps
+        is_quick = self._is_quick()
+        if is_quick:
+            self._begin([(step, step.buffers) for step in steps])
+        self._starts = _starts_by_layer(steps)
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
-        forward = self.costs.forward()
-        prompt_s = 0.0
-        if forward is not None:
-            prompt_s = forward.seconds(_EXPECTED_PROMPT_TOKENS, self._n_tokens)
-        n_near = self._n_near(expected, prompt_s)
-        steps.sort(key=lambda step: turn_of(step, expected, n_near))
-        if self.settings.restore != "recompute":
-            self._begun = steps
-        self._begun_at = time.perf_counter()
-        self._begin([(step, step.buffers) for step in self._begun])
+        if any(expected):
+            forward = self.costs.forward()
+            prompt_s = 0.0
+            if forward is not None:
+                prompt_s = forward.seconds(_EXPECTED_PROMPT_TOKENS, self._n_tokens)
+            order = self._order(expected, prompt_s)
+            if is_quick:
+                self._restores[0].reorder(np.array(order, np.int64))
+            else:
+                steps[:] = [steps[index] for index in order]
+        if not is_quick:
+            self._begin([(step, step.buffers) for step in self._begun])
+
+    def _is_quick(self) -> bool:
+        """Whether planning the order would hold up more than blocks read in another one."""
+        rate = self._read_rate()
+        most = max((step.payload_bytes for step in self._begun), default=0)
+        return rate is not None and 0 < most < _PLANNING_S * rate
+
+    def _order(self, n_by_layer: list[int], prompt_s: float) -> list[int]:
+        """Return in which order steps are read when so many tokens are recomputed."""
+        n_near = self._n_near(n_by_layer, prompt_s)
+        turns = [turn_of(step, n_by_layer, n_near) for step in self._steps]
+        return sorted(range(len(turns)), key=turns.__getitem__)
 
     def _n_near(self, n_by_layer: Iterable[int], prompt_s: float) -> float:
         """Return the tokens that take at least as long to read as the new prompt's pass."""
@@ -349,6 +359,8 @@ class Source:
         return max(_COLUMN_TOKENS, prompt_s * rate / max(1, n_bytes) * self._n_tokens)
 
     def _begin(self, steps: list[tuple[_Step, tuple[torch.Tensor | None, ...]]]) -> None:
+        if not self._restores:
+            self._begun_at = time.perf_counter()
         # What was decoded of a chain belongs to one restore.
         made: dict[tuple[str, str], _core.Predict] = {}
         predictors = {}
@@ -670,6 +682,21 @@ class Source:
             n_there = self._n_recomputed[layer]
             landing.bring(self.manifest.n_tokens if n_there == self._n_tokens else n_there)
 
+    def is_in(self) -> bool:
+        """Whether every layer is where it belongs, on the CPU: then no `wait` takes any time."""
+        if self._failure is not None or any(map(is_elsewhere, self.devices)):
+            return False
+        try:
+            for restore in self._restores:
+                counts = restore.counts()
+                if counts["n_steps_done"] < counts["n_steps"]:
+                    return False
+                for layer in self._buffers:
+                    restore.wait(layer)
+        except (CorruptionError, OSError):
+            return False  # whoever waits for that layer is told
+        return True
+
     def damaged(self) -> dict[int, CorruptionError | DeviceError]:
         """Return the layers that were waited for and are not right after all, and why.
 
@@ -881,9 +908,7 @@ class _Meeting:
                 if layer < n_layers
             ]
             self.n_by_layer[layer] = max([min(start, self.n_by_layer[layer]), *ends])
-        steps = source._begun
-        n_near = source._n_near(self.n_by_layer, sum(self.prompt_by_layer_s))
-        order = sorted(range(len(steps)), key=lambda x: turn_of(steps[x], self.n_by_layer, n_near))
+        order = source._order(self.n_by_layer, sum(self.prompt_by_layer_s))
         source._restores[0].reorder(np.array(order, np.int64))
 
     def _on_the_way(
@@ -910,6 +935,39 @@ class _Meeting:
                 decode_s = source._cpu_bytes(step) / speed / n_threads
                 blocks.append(Block(column, step.layers, step.payload_bytes / rate, decode_s))
         return blocks, there
+
+
+_Wanted = tuple[torch.device, torch.dtype, tuple[int, ...]]
+
+
+def _tensors(wanted: list[_Wanted]) -> list[torch.Tensor]:
+    """Return new memory of each device, dtype and shape; see `Source.buffers`."""
+    found: list[torch.Tensor] = []
+    runs = [(one, len(list(run))) for one, run in itertools.groupby(wanted)]
+
+    def stride_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        n_bytes = math.prod(shape) * dtype.itemsize
+        return n_bytes + -n_bytes % _ALIGNMENT_BYTES
+
+    n_bytes = sum(
+        n * stride_bytes(dtype, shape)
+        for (device, dtype, shape), n in runs
+        if not is_elsewhere(device)
+    )
+    memory = torch.frombuffer(_core.Memory(max(1, n_bytes)), dtype=torch.uint8)
+    start = 0
+    for (device, dtype, shape), n in runs:
+        if is_elsewhere(device):
+            found += [torch.empty(shape, dtype=dtype, device=device) for _ in range(n)]
+            continue
+        # Few views at once: making one takes torch as long as decoding a block.
+        step = stride_bytes(dtype, shape)
+        run = memory[start : start + n * step].view(n, step)
+        run = run[:, : math.prod(shape) * dtype.itemsize].view(dtype)
+        run = run.unflatten(1, shape)
+        found += [run[i] for i in range(n)]
+        start += n * step
+    return found
 
 
 def _n_cores() -> int:

@@ -189,6 +189,18 @@ def test_what_one_device_saved_another_restores(store, llama):
         assert_same(on_cpu(cache), held)
 
 
+def test_a_model_that_has_moved_since_it_was_asked(store, llama):
+    model = move(llama, elsewhere.device(1))
+    ids = models.token_ids(1, N_HISTORY).to("elsewhere:1")
+    _, _, held = saved(store, model, ids, krul.Settings(codec="exact"))
+    for place in (torch.device("cpu"), elsewhere.device(0)):
+        model.to(place)
+        with store.open("chat", model) as cache:
+            cache.restore()
+            assert {x.keys.device for x in cache.layers} == {place}
+            assert_same(on_cpu(cache), held)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "qwen3", "cohere2", "phi3"])
 def test_families(store, family):
     if not models.is_available(family):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import krul
-from krul import costs, observe
+from krul import costs, observe, source
 
 # Blocks begin at tokens 0, 4, 516 and 1028.
 N_HISTORY = 1100
@@ -197,6 +197,37 @@ def test_auto_takes_what_was_measured_to_be_fastest(
         report = cache.restore_report
     assert report.plan in plans
     assert report.predicted_s > 0
+
+
+@pytest.mark.parametrize("restore", ["load", *MIXED])
+def test_reading_may_begin_before_there_is_a_plan(store, cpu_llama, monkeypatch, restore):
+    _, exact = saved(store, cpu_llama)
+    with krul.attach(cpu_llama, observe=False):
+        expected = next_logits(cpu_llama, exact)
+    n_recomputed = []
+    for planning_s in (0.0, math.inf):
+        monkeypatch.setattr(source, "_PLANNING_S", planning_s)
+        with reopened(store, cpu_llama, restore) as cache:
+            assert cache.source._is_quick() is (planning_s > 0 and restore != "recompute")
+            logits = next_logits(cpu_llama, cache)
+            n_recomputed.append(cache.restore_report.n_recomputed_by_layer)
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert n_recomputed[0] == n_recomputed[1]
+
+
+def test_layers_that_are_in_are_not_asked_one_by_one(store, cpu_llama, monkeypatch):
+    _, exact = saved(store, cpu_llama)
+    with krul.attach(cpu_llama, observe=False):
+        expected = next_logits(cpu_llama, exact)
+    with store.open("chat", cpu_llama, settings=krul.Settings(restore="load")) as cache:
+        for layer in range(len(cache.layers)):
+            cache.source.wait(layer)
+        assert cache.source.is_in()
+        monkeypatch.setattr(cache.source, "wait", None)
+        logits = next_logits(cpu_llama, cache)
+        assert cache.source is None
+        assert set(cache.restore_report.n_loaded_by_layer) == {N_HISTORY}
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_restore_and_its_passes_are_measured(store, llama):
