@@ -61,11 +61,13 @@ struct krul_backend {
 
     /* Split n elements of a dtype into the plane that is entropy-coded (one byte each) and the
      * plane that is kept (krul_dtype_bytes - 1 bytes each), and join them again, after adding a
-     * byte to every coded one. */
+     * byte to every coded one; streamed past the caches where that is asked for and the elements
+     * lie so that it can be, see end_stream. */
     void (*exact_split)(krul_dtype dtype, const void *elements, int64_t n_elements,
                         uint8_t *coded_out, uint8_t *kept_out);
     void (*exact_join)(krul_dtype dtype, const uint8_t *coded, const uint8_t *offsets,
-                       const uint8_t *kept, int64_t n_elements, void *elements_out);
+                       const uint8_t *kept, int64_t n_elements, bool is_streamed,
+                       void *elements_out);
 
     /* compressor.inc ----------------------------------------------------------------------- */
 

@@ -355,7 +355,7 @@ decode_split(const krul_backend *backend, const krul_view *view, const krul_exac
             n_joined = n_joined < row_bytes - channel ? n_joined : row_bytes - channel;
             backend->exact_join(view->dtype, symbols + done_now, offsets + channel,
                                 section->kept + at * (sizes->element_bytes - 1), (int64_t)n_joined,
-                                run.elements);
+                                krul_is_streamed(view), run.elements);
             done_now += n_joined;
             at += n_joined;
         }
@@ -392,6 +392,7 @@ exact_decode(const krul_codec_block *block, const uint8_t *payload, size_t paylo
                            "exact block has %zu bytes after its last section", payload_bytes);
     }
 done:
+    block->backend->end_stream();
     return status;
 }
 

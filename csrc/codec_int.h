@@ -7,12 +7,6 @@
 /* bf16 bits of 2^120: scales stay below, so that code * scale is exact and finite in f32. */
 enum { KRUL_INT_SCALE_END = 0x7b80 };
 
-/* A view's decoded bytes from which decoding writes past the caches, into memory, without reading
- * first what is there. A view is one block of many: a few blocks later its values would be in no
- * cache either, and memory is what decoding waits for. Whoever decodes so little and reads it at
- * once finds it in the cache. */
-enum { KRUL_STREAM_FROM_BYTES = 64 * 1024 };
-
 /* Where the parts of one plane (n_tokens x head_dim) stand; scales come first. */
 typedef struct krul_int_layout {
     size_t n_groups;
@@ -26,13 +20,6 @@ krul_status krul_int_measure(krul_kv kv, int bits, int64_t n_tokens, int64_t hea
 
 /* Are all scales and minima of a plane such that an encoder may have written them? */
 bool krul_int_is_sound(const uint8_t *plane, const krul_int_layout *layout);
-
-static inline bool
-krul_is_streamed(const krul_view *view)
-{
-    size_t bytes = (size_t)krul_view_n_elements(view) * krul_dtype_bytes(view->dtype);
-    return bytes >= KRUL_STREAM_FROM_BYTES;
-}
 
 /* First element of one batch item and head. */
 static inline void *

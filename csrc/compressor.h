@@ -46,4 +46,17 @@ extern const krul_codec_ops krul_codec_share_int8;
 extern const krul_codec_ops krul_codec_share_int4;
 extern const krul_codec_ops krul_codec_predict; /* a name without functions */
 
+/* A view's decoded bytes from which decoding writes past the caches, into memory, without reading
+ * first what is there. A view is one block of many: a few blocks later its values would be in no
+ * cache either, and memory is what decoding waits for. Whoever decodes so little and reads it at
+ * once finds it in the cache. */
+enum { KRUL_STREAM_FROM_BYTES = 64 * 1024 };
+
+static inline bool
+krul_is_streamed(const krul_view *view)
+{
+    size_t bytes = (size_t)krul_view_n_elements(view) * krul_dtype_bytes(view->dtype);
+    return bytes >= KRUL_STREAM_FROM_BYTES;
+}
+
 #endif /* KRUL_COMPRESSOR_H */
