@@ -194,6 +194,8 @@ class Source:
         self._is_prepared = self._is_closed = False
         self._failure: UnsupportedModelError | DeviceError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
+        # The recomputed tokens of each layer that the order of what is read is for.
+        self._ordered_for = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
         for segment in manifest.segments:
             try:
@@ -316,6 +318,7 @@ class Source:
         steps.sort(key=lambda step: (step.layers[0], step.token_start))
         self._n_tokens = self.n_tokens
         self._steps = steps
+        self._ordered_for = [0] * len(self.manifest.layers)
         if self.settings.restore != "recompute":
             self._begun = steps
         is_quick = self._is_quick()
@@ -325,24 +328,31 @@ class Source:
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
-        if any(expected):
-            forward = self.costs.forward()
-            prompt_s = 0.0
-            if forward is not None:
-                prompt_s = forward.seconds(_EXPECTED_PROMPT_TOKENS, self._n_tokens)
-            order = self._order(expected, prompt_s)
-            if is_quick:
-                self._restores[0].reorder(np.array(order, np.int64))
-            else:
-                steps[:] = [steps[index] for index in order]
         if not is_quick:
+            if any(expected):
+                order = self._order(expected, self._prompt_s(_EXPECTED_PROMPT_TOKENS))
+                steps[:] = [steps[index] for index in order]
+            self._ordered_for = expected
             self._begin([(step, step.buffers) for step in self._begun])
+        self._reorder(expected, _EXPECTED_PROMPT_TOKENS)
 
     def _is_quick(self) -> bool:
         """Whether planning the order would hold up more than blocks read in another one."""
         rate = self._read_rate()
         most = max((step.payload_bytes for step in self._begun), default=0)
         return rate is not None and 0 < most < _PLANNING_S * rate
+
+    def _prompt_s(self, n_prompt_tokens: int) -> float:
+        """Return what the new prompt's pass takes; 0 while that is not known."""
+        forward = self.costs.forward()
+        return 0.0 if forward is None else forward.seconds(n_prompt_tokens, self._n_tokens)
+
+    def _reorder(self, n_by_layer: list[int], n_prompt_tokens: int) -> None:
+        """Have what is not read yet in the order for so many recomputed tokens."""
+        if self._begun and n_by_layer != self._ordered_for:
+            order = self._order(n_by_layer, self._prompt_s(n_prompt_tokens))
+            self._restores[0].reorder(np.array(order, np.int64))
+            self._ordered_for = list(n_by_layer)
 
     def _order(self, n_by_layer: list[int], prompt_s: float) -> list[int]:
         """Return in which order steps are read when so many tokens are recomputed."""
@@ -443,6 +453,7 @@ class Source:
                 f"the first {max(n_by_layer)} tokens are not stored, to be recomputed: {blocker}"
             )
             return
+        self._reorder(n_by_layer, n_prompt_tokens)
         if not any(n_by_layer):
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import krul
-from krul import costs, observe, source
+from krul import costs, observe
 
 # Blocks begin at tokens 0, 4, 516 and 1028.
 N_HISTORY = 1100
@@ -206,13 +206,29 @@ def test_reading_may_begin_before_there_is_a_plan(store, cpu_llama, monkeypatch,
         expected = next_logits(cpu_llama, exact)
     n_recomputed = []
     for planning_s in (0.0, math.inf):
-        monkeypatch.setattr(source, "_PLANNING_S", planning_s)
+        monkeypatch.setattr(krul.source, "_PLANNING_S", planning_s)
         with reopened(store, cpu_llama, restore) as cache:
             assert cache.source._is_quick() is (planning_s > 0 and restore != "recompute")
             logits = next_logits(cpu_llama, cache)
             n_recomputed.append(cache.restore_report.n_recomputed_by_layer)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert n_recomputed[0] == n_recomputed[1]
+
+
+def test_what_is_loaded_after_all_comes_in_the_order_of_the_layers(store, cpu_llama):
+    saved(store, cpu_llama)
+    knows(store, cpu_llama, 1e-7, 1e5)
+    settings = krul.Settings(max_read_bytes_per_s=1e7, n_threads=2)
+    with store.open("chat", cpu_llama, settings=settings) as cache:
+        source = cache.source
+        source._restores[0].limit(1e6)
+        assert any(source._ordered_for)
+        knows(store, cpu_llama, 1.0, 1e9)
+        next_logits(cpu_llama, cache)
+        assert cache.restore_report.plan == "load"
+    reads = [event for event in source.timeline() if event["action"] == "load"]
+    last = max(reads, key=lambda event: event["end_s"])
+    assert last["layer"] == len(cpu_llama.model.layers) - 1
 
 
 def test_layers_that_are_in_are_not_asked_one_by_one(store, cpu_llama, monkeypatch):
