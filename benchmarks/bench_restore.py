@@ -555,10 +555,19 @@ def main() -> None:
         "beside one of a cache with the same settings that never left memory, and one of "
         "transformers' own, which copies all it holds in every pass.",
     ]
+    command = None
     if options.only and not options.quick:
         bench.rows = merged(bench.rows, options.json or harness.RESULTS / "restore.json")
+        command = "python -m benchmarks.bench_restore"
+        notes.append("The parts, histories and x, may be of several runs (--only) on one machine.")
     harness.finish(
-        "restore", bench.rows, COLUMNS, notes=notes, is_quick=options.quick, path=options.json
+        "restore",
+        bench.rows,
+        COLUMNS,
+        notes=notes,
+        is_quick=options.quick,
+        path=options.json,
+        command=command,
     )
     path = options.png or (None if options.quick else harness.RESULTS / "restore.png")
     if path is not None:

@@ -253,6 +253,7 @@ def finish(
     details: list[dict[str, Any]] | None = None,
     about: dict[str, Any] | None = None,
     views: Iterable[dict[str, str]] | None = None,
+    command: str | None = None,
 ) -> Path | None:
     """Print the table, and write the results.
 
@@ -276,10 +277,13 @@ def finish(
         What more the machine is described by.
     views : iterable of dict or None
         Print these parts of the table, each a `where` of `table`; None prints all of it.
+    command : str or None
+        What made the rows, where that is more than the command that runs.
     """
+    run = f"python -m benchmarks.bench_{name}"
     result = {
         "benchmark": name,
-        "command": " ".join(["python -m", f"benchmarks.bench_{name}", *_arguments()]),
+        "command": " ".join([run, *_arguments()]) if command is None else command,
         "is_quick": is_quick,
         "machine": machine() | (about or {}),
         "notes": list(notes),
