@@ -280,10 +280,11 @@ def finish(
     command : str or None
         What made the rows, where that is more than the command that runs.
     """
-    run = f"python -m benchmarks.bench_{name}"
+    if command is None:
+        command = " ".join([f"python -m benchmarks.bench_{name}", *_arguments()])
     result = {
         "benchmark": name,
-        "command": " ".join([run, *_arguments()]) if command is None else command,
+        "command": command,
         "is_quick": is_quick,
         "machine": machine() | (about or {}),
         "notes": list(notes),

@@ -316,6 +316,7 @@ decode_split(const krul_backend *backend, const krul_view *view, const krul_exac
     krul_entropy_reader reader;
     uint8_t *symbols = NULL;
     size_t n_elements = sizes->n_elements;
+    bool is_streamed = krul_is_streamed(view);
     KRUL_TRY(
         krul_entropy_reader_init(&reader, section->stream, section->stream_bytes, n_elements, err));
     if (n_elements == 0) {
@@ -355,7 +356,7 @@ decode_split(const krul_backend *backend, const krul_view *view, const krul_exac
             n_joined = n_joined < row_bytes - channel ? n_joined : row_bytes - channel;
             backend->exact_join(view->dtype, symbols + done_now, offsets + channel,
                                 section->kept + at * (sizes->element_bytes - 1), (int64_t)n_joined,
-                                krul_is_streamed(view), run.elements);
+                                is_streamed, run.elements);
             done_now += n_joined;
             at += n_joined;
         }

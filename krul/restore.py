@@ -126,20 +126,19 @@ def open_cache(
     """
     settings = Settings() if settings is None else settings
     conversation = store.files(conversation_id)
-    # Where the layers were when the model was last asked; it is asked again below.
-    devices = recall(model, _DEVICES)
-    if devices is None:
-        devices = _ask_devices(model)
+    # Where the layers were when the model was last asked; then it is asked again below.
+    known = recall(generation_model(model), _DEVICES)
+    devices = _ask_devices(model) if known is None else known
     manifest, problem = _read_manifest(conversation)
     # Threads read and decode while the model is looked at; what they decode of another model's
     # conversation, or for where a layer no longer is, is thrown away.
     arrival = None if manifest is None else _Arrival(conversation, manifest, settings, devices)
     cache = None
     try:
-        moved = _ask_devices(model)
-        if manifest is not None and arrival is not None and moved != devices:
+        present_devices = devices if known is None else _ask_devices(model)
+        if manifest is not None and arrival is not None and present_devices != devices:
             arrival.source.close()
-            arrival = _Arrival(conversation, manifest, settings, moved)
+            arrival = _Arrival(conversation, manifest, settings, present_devices)
         capabilities, present = examine(model, is_supported=True)
         if capabilities.cache is not None:
             raise UnsupportedModelError(capabilities.cache)
@@ -174,7 +173,7 @@ def _ask_devices(model: Any) -> list[torch.device]:
     if reason is not None:
         raise UnsupportedModelError(reason)
     devices = layer_devices(model)
-    replace_remembered(model, _DEVICES, devices)
+    replace_remembered(generation_model(model), _DEVICES, devices)
     return devices
 
 

@@ -194,7 +194,7 @@ class Source:
         self._is_prepared = self._is_closed = False
         self._failure: UnsupportedModelError | DeviceError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
-        # The recomputed tokens of each layer that the order of what is read is for.
+        # The recomputed tokens of each layer that the order of what is read was first made for.
         self._ordered_for = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
         for segment in manifest.segments:
@@ -318,7 +318,6 @@ class Source:
         steps.sort(key=lambda step: (step.layers[0], step.token_start))
         self._n_tokens = self.n_tokens
         self._steps = steps
-        self._ordered_for = [0] * len(self.manifest.layers)
         if self.settings.restore != "recompute":
             self._begun = steps
         is_quick = self._is_quick()
@@ -328,13 +327,15 @@ class Source:
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
-        if not is_quick:
-            if any(expected):
-                order = self._order(expected, self._prompt_s(_EXPECTED_PROMPT_TOKENS))
+        if any(expected):
+            order = self._order(expected, self._prompt_s(_EXPECTED_PROMPT_TOKENS))
+            if is_quick:
+                self._restores[0].reorder(order)
+            else:
                 steps[:] = [steps[index] for index in order]
-            self._ordered_for = expected
+        self._ordered_for = expected
+        if not is_quick:
             self._begin([(step, step.buffers) for step in self._begun])
-        self._reorder(expected, _EXPECTED_PROMPT_TOKENS)
 
     def _is_quick(self) -> bool:
         """Whether planning the order would hold up more than blocks read in another one."""
@@ -347,18 +348,11 @@ class Source:
         forward = self.costs.forward()
         return 0.0 if forward is None else forward.seconds(n_prompt_tokens, self._n_tokens)
 
-    def _reorder(self, n_by_layer: list[int], n_prompt_tokens: int) -> None:
-        """Have what is not read yet in the order for so many recomputed tokens."""
-        if self._begun and n_by_layer != self._ordered_for:
-            order = self._order(n_by_layer, self._prompt_s(n_prompt_tokens))
-            self._restores[0].reorder(np.array(order, np.int64))
-            self._ordered_for = list(n_by_layer)
-
-    def _order(self, n_by_layer: list[int], prompt_s: float) -> list[int]:
+    def _order(self, n_by_layer: list[int], prompt_s: float) -> np.ndarray:
         """Return in which order steps are read when so many tokens are recomputed."""
         n_near = self._n_near(n_by_layer, prompt_s)
         turns = [turn_of(step, n_by_layer, n_near) for step in self._steps]
-        return sorted(range(len(turns)), key=turns.__getitem__)
+        return np.array(sorted(range(len(turns)), key=turns.__getitem__), np.int64)
 
     def _n_near(self, n_by_layer: Iterable[int], prompt_s: float) -> float:
         """Return the tokens that take at least as long to read as the new prompt's pass."""
@@ -453,7 +447,8 @@ class Source:
                 f"the first {max(n_by_layer)} tokens are not stored, to be recomputed: {blocker}"
             )
             return
-        self._reorder(n_by_layer, n_prompt_tokens)
+        if self._begun and n_by_layer != self._ordered_for:
+            self._restores[0].reorder(self._order(n_by_layer, self._prompt_s(n_prompt_tokens)))
         if not any(n_by_layer):
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
@@ -919,8 +914,8 @@ class _Meeting:
                 if layer < n_layers
             ]
             self.n_by_layer[layer] = max([min(start, self.n_by_layer[layer]), *ends])
-        order = source._order(self.n_by_layer, sum(self.prompt_by_layer_s))
-        source._restores[0].reorder(np.array(order, np.int64))
+        prompt_s = sum(self.prompt_by_layer_s)
+        source._restores[0].reorder(source._order(self.n_by_layer, prompt_s))
 
     def _on_the_way(
         self, columns: list[tuple[int, int]], rate: float

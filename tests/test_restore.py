@@ -515,3 +515,20 @@ def test_a_new_process_continues(store, tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("model", [None, "llama", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(store, model):
+    with pytest.raises(krul.UnsupportedModelError, match=f"model is {type(model).__name__} but"):
+        store.open("chat", model)
+
+
+def test_a_model_is_asked_once_where_its_layers_are(store, monkeypatch):
+    model, asked = models.tiny("llama"), []
+    layer_devices = krul.restore.layer_devices
+    monkeypatch.setattr(
+        krul.restore, "layer_devices", lambda model: asked.append(1) or layer_devices(model)
+    )
+    for n_opened in (1, 2):
+        store.open("chat", model).close()
+        assert len(asked) == n_opened

@@ -207,8 +207,18 @@ def test_reading_may_begin_before_there_is_a_plan(store, cpu_llama, monkeypatch,
     n_recomputed = []
     for planning_s in (0.0, math.inf):
         monkeypatch.setattr(krul.source, "_PLANNING_S", planning_s)
-        with reopened(store, cpu_llama, restore) as cache:
-            assert cache.source._is_quick() is (planning_s > 0 and restore != "recompute")
+        is_early = []
+        with monkeypatch.context() as patch:
+            make_plan = krul.source.Source._make_plan
+
+            def watch(self, *args, make_plan=make_plan, is_early=is_early):
+                is_early.append(bool(self._restores))
+                return make_plan(self, *args)
+
+            patch.setattr(krul.source.Source, "_make_plan", watch)
+            cache = reopened(store, cpu_llama, restore)
+        with cache:
+            assert is_early == [planning_s > 0 and restore != "recompute"]
             logits = next_logits(cpu_llama, cache)
             n_recomputed.append(cache.restore_report.n_recomputed_by_layer)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
