@@ -33,7 +33,9 @@ static const double turn_s = 1.0;
  * half of it. */
 static const double starved_s = 100e-6;
 
-/* A read that takes longer than this and a memory's copy is of a store where asking ahead pays. */
+/* A read that takes longer than this and a memory's copy is of a store where asking ahead pays; after
+ * so many of them a thread that reads is expected to wait. */
+enum { N_SLOW = 4 };
 static const double slow_read_s = 50e-6, memory_bytes_per_s = 2e9;
 
 /* ---- time -------------------------------------------------------------------------------------- */
@@ -187,7 +189,7 @@ coming_step(const krul_restore *restore)
 {
     int64_t place = restore->next_step + N_AHEAD;
     krul_restore_step none = {.fd = -1};
-    if (!restore->is_slow || restore->is_cancelled || place >= restore->n_steps ||
+    if (restore->n_slow == 0 || restore->is_cancelled || place >= restore->n_steps ||
         restore->states[restore->order[place]] != STEP_WAITING) {
         return none;
     }
@@ -222,6 +224,11 @@ krul_restore_read_step(krul_restore *restore, const krul_restore_step *step, uin
     if (restore->n_reading++ == 0) {
         restore->reading_since_s = begin_s;
     }
+    bool is_starved = restore->n_slow >= N_SLOW || end_s > begin_s + starved_s;
+    if (is_starved) {
+        restore->n_starved++;
+        pthread_cond_broadcast(&restore->layer_has_changed);
+    }
     krul_restore_step coming = coming_step(restore);
     pthread_mutex_unlock(&restore->lock);
 
@@ -229,12 +236,14 @@ krul_restore_read_step(krul_restore *restore, const krul_restore_step *step, uin
     krul_status status = krul_store_read_payload(step->fd, entry, buffer, err);
 
     pthread_mutex_lock(&restore->lock);
-    restore->is_slow = krul_restore_clock_s() - begin_s >
-                       slow_read_s + (double)entry->payload_bytes / memory_bytes_per_s;
+    bool is_slow = krul_restore_clock_s() - begin_s >
+                   slow_read_s + (double)entry->payload_bytes / memory_bytes_per_s;
+    restore->n_slow = is_slow ? restore->n_slow + 1 : 0;
     struct timespec end = as_timespec(end_s);
     while (krul_restore_clock_s() < end_s && !restore->is_cancelled) {
         pthread_cond_timedwait(&restore->has_changed, &restore->lock, &end);
     }
+    restore->n_starved -= is_starved ? 1 : 0;
     if (--restore->n_reading == 0) {
         restore->counts.read_wall_s += krul_restore_clock_s() - restore->reading_since_s;
     }
@@ -674,7 +683,8 @@ is_done(const krul_restore *restore, int32_t layer)
            restore->layers[layer].failure.status != KRUL_STATUS_OK || restore->is_cancelled;
 }
 
-/* Is there nothing to decode but what must be waited for? With the lock, which is let go meanwhile. */
+/* Is there nothing to decode but what must be waited for, or does half of those who would decode wait
+ * for the store? With the lock, which is let go meanwhile. */
 static bool
 is_turn_over(krul_restore *restore)
 {
@@ -682,6 +692,9 @@ is_turn_over(krul_restore *restore)
     const struct timespec end = as_timespec(since_s + starved_s);
     while (restore->takes_turns && !restore->is_cancelled &&
            restore->counts.n_steps_done < restore->n_steps) {
+        if (2 * restore->n_starved >= restore->n_processors) {
+            break;
+        }
         if (fill_processors(restore, restore->n_ready)) {
             return false;
         }

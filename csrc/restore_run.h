@@ -65,7 +65,8 @@ struct krul_restore {
     double max_bytes_per_s;
     double link_free_s; /* when the way to the store is free again */
     int n_reading;
-    bool is_slow; /* the store, at the last read */
+    int n_starved; /* of those, who are expected to wait for the store */
+    int n_slow; /* reads since the last that was fast */
     bool takes_turns;
     int n_processors;
     int n_waiting; /* callers: then it is the turn of those who decode */

@@ -57,7 +57,7 @@ krul_status krul_store_check_table(krul_store_kind kind, const krul_store_entry 
                                    int64_t n_entries, krul_status breach,
                                    krul_error *err) KRUL_MUST_CHECK;
 
-/* The two ways to a CRC-32C, for tests to compare; krul_store_crc32c takes the faster one. */
+/* The slower ways to a CRC-32C, for tests to compare; krul_store_crc32c takes the fastest. */
 uint32_t krul_store_crc32c_by_table(uint32_t crc, const void *bytes, size_t n_bytes);
 
 /* Calls the table where the processor has no instruction for it. */

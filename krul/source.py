@@ -320,22 +320,20 @@ class Source:
         self._steps = steps
         if self.settings.restore != "recompute":
             self._begun = steps
-        is_quick = self._is_quick()
-        if is_quick:
+        if self._is_quick():
+            # The plan with the real prompt, in `prepare`, orders them if it must.
             self._begin([(step, step.buffers) for step in steps])
+            self._starts = _starts_by_layer(steps)
+            return
         self._starts = _starts_by_layer(steps)
         expected = self._whole_blocks(
             self._make_plan(_EXPECTED_PROMPT_TOKENS, self.n_tokens, "").n_recomputed_by_layer
         )
         if any(expected):
             order = self._order(expected, self._prompt_s(_EXPECTED_PROMPT_TOKENS))
-            if is_quick:
-                self._restores[0].reorder(order)
-            else:
-                steps[:] = [steps[index] for index in order]
+            steps[:] = [steps[index] for index in order]
         self._ordered_for = expected
-        if not is_quick:
-            self._begin([(step, step.buffers) for step in self._begun])
+        self._begin([(step, step.buffers) for step in self._begun])
 
     def _is_quick(self) -> bool:
         """Whether planning the order would hold up more than blocks read in another one."""

@@ -218,8 +218,12 @@ def test_reading_may_begin_before_there_is_a_plan(store, cpu_llama, monkeypatch,
             patch.setattr(krul.source.Source, "_make_plan", watch)
             cache = reopened(store, cpu_llama, restore)
         with cache:
-            assert is_early == [planning_s > 0 and restore != "recompute"]
+            # Where it may, reading begins with no plan, which is made when the prompt is known.
+            is_quick = planning_s > 0 and restore != "recompute"
+            assert is_early == ([] if is_quick else [False])
+            assert cache.source._restores
             logits = next_logits(cpu_llama, cache)
+            assert cache.restore_report.predicted_s > 0
             n_recomputed.append(cache.restore_report.n_recomputed_by_layer)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert n_recomputed[0] == n_recomputed[1]

@@ -217,7 +217,6 @@ test_limit(void)
     close(fd);
 }
 
-/* What is dropped is neither waited for nor written; what was decoded before stays. */
 /* The block that is read next is left alone, on processors that the caller needs, until somebody waits
  * again, or will never. */
 static void
@@ -285,6 +284,52 @@ test_turns(void)
     close(fd);
 }
 
+/* Somebody decodes, but whoever could do so on the other processor waits for the store: the caller has
+ * it. */
+static void
+test_turns_at_a_slow_store(void)
+{
+    krul_error err;
+    krul_restore_step steps[N_LAYERS];
+    int fd = steps_from_file(steps);
+    krul_restore *restore = NULL;
+    krul_restore_options options = {.n_threads = 2,
+                                    .max_bytes_per_s = (double)steps[0].entry.payload_bytes / 0.01,
+                                    .takes_turns = true};
+    CHECK(krul_restore_start(check_best_backend(), steps, N_LAYERS, N_LAYERS, &options, &restore,
+                             &err) == KRUL_STATUS_OK);
+    CHECK(krul_restore_wait(restore, 0, &err) == KRUL_STATUS_OK);
+    krul_restore_limit(restore, 1e-9);
+    pthread_mutex_lock(&restore->lock);
+    /* Until both read what does not come: each of them takes the longest that one may. */
+    while (restore->link_free_s < krul_restore_clock_s() + 1.9e6) {
+        pthread_mutex_unlock(&restore->lock);
+        usleep(1000);
+        pthread_mutex_lock(&restore->lock);
+    }
+    CHECK(restore->counts.n_steps_done < N_LAYERS);
+    restore->n_processors = 4;
+    restore->n_ready = 2; /* as if there were two more of them */
+    pthread_mutex_unlock(&restore->lock);
+    CHECK(krul_restore_wait_for(restore, 0, 60.0));
+    pthread_mutex_lock(&restore->lock);
+    restore->n_processors = 8; /* too many for those who wait to be half of them */
+    restore->n_ready = 4;
+    pthread_mutex_unlock(&restore->lock);
+    CHECK(!krul_restore_wait_for(restore, 0, 0.01));
+    pthread_mutex_lock(&restore->lock);
+    restore->n_ready = 0;
+    pthread_mutex_unlock(&restore->lock);
+    krul_restore_cancel(restore);
+    krul_restore_join(restore);
+    pthread_mutex_lock(&restore->lock);
+    CHECK(restore->n_starved == 0);
+    pthread_mutex_unlock(&restore->lock);
+    krul_restore_free(restore);
+    close(fd);
+}
+
+/* What is dropped is neither waited for nor written; what was decoded before stays. */
 static void
 test_drop(void)
 {
@@ -581,6 +626,7 @@ main(void)
     test_cancel();
     test_limit();
     test_turns();
+    test_turns_at_a_slow_store();
     test_drop();
     test_reorder();
     test_storm();

@@ -46,9 +46,9 @@ test_crc32c(void)
 
     /* Sizes around each stretch of the fast path, at every alignment. */
     enum { N_BYTES = 40000 };
-    static const size_t sizes[] = {0,    1,     2,     7,     8,     9,     63,    64,
-                                   255,  256,   767,   768,   769,   1535,  1536,  4095,
-                                   4096, 12287, 12288, 12289, 13056, 24576, 25345, 39990};
+    static const size_t sizes[] = {0,    1,    2,     7,     8,     9,     63,    64,    255,  256,
+                                   257,  271,  511,   512,   513,   767,   768,   769,   1535, 1536,
+                                   4095, 4096, 12287, 12288, 12289, 13056, 24576, 25345, 39990};
     uint8_t *noise = malloc(N_BYTES);
     uint32_t state = 12345;
     for (size_t i = 0; i < N_BYTES; i++) {
