@@ -48,9 +48,7 @@ N_PROMPT = 64
 IN_MEMORY, PLAIN = "in memory", "transformers' DynamicCache, in memory"
 WRITTEN = "in memory, as many bytes written first"
 FAST_PROMPTS = (16, 64, 128, 256)
-N_FAST_RUNS = 9
-# A way that takes longer is run once, a quicker one three times.
-SLOW_S = 4.0
+N_FAST_RUNS = 15
 # Two correct runs of the model in float32; products of other shapes add in another order.
 CLOSE = 2e-3
 
@@ -396,7 +394,7 @@ class Bench:
         """Check a way, then time it."""
         limit = rate * way.stored_bytes / way.counted_bytes
         seconds: list[float] = []
-        while not seconds or (len(seconds) < 3 and seconds[0] < SLOW_S):
+        while not seconds or len(seconds) < n_runs_of(seconds[0]):
             touch_memory()
             self.first_token(None, 0)  # as if the model had just answered somebody else
             start = time.perf_counter()
@@ -431,6 +429,11 @@ class Bench:
             "predicted_s": None if math.isnan(report.predicted_s) else report.predicted_s,
             "mean_kl": mean_kl,
         }
+
+
+def n_runs_of(seconds: float) -> int:
+    """Return how often a way that takes so long is run: the shorter, the more chance is in it."""
+    return 1 if seconds > 4 else 3 if seconds > 1 else 9
 
 
 def touch_memory(n_bytes: int = 1 << 30) -> None:
