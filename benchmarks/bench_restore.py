@@ -471,7 +471,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the time to first token over x, with the bound of the smallest codec."""
+    """Draw the time to first token over x, with the bound of each of krul's ways."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -483,17 +483,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, n_tokens in zip(axes[0], histories, strict=True):
         mine = [row for row in rows if row["n_tokens"] == n_tokens]
         for name in dict.fromkeys(row["way"] for row in mine):
-            line = sorted((row["x"], row["first_token_s"]) for row in mine if row["way"] == name)
-            axis.plot(*zip(*line, strict=True), marker=".", label=name)
-        bound = sorted((row["x"], row["bound_s"]) for row in mine if row["way"] == "krul int4")
-        axis.plot(*zip(*bound, strict=True), "k--", label="bound, krul int4")
+            of_way = sorted((row for row in mine if row["way"] == name), key=lambda row: row["x"])
+            xs = [row["x"] for row in of_way]
+            (line,) = axis.plot(xs, [row["first_token_s"] for row in of_way], ".-", label=name)
+            if name.startswith("krul"):
+                bounds = [row["bound_s"] for row in of_way]
+                axis.plot(xs, bounds, "--", color=line.get_color(), linewidth=0.8)
         axis.set(
             xscale="log", yscale="log", xlabel="x: recompute / load", title=f"{n_tokens:,} tokens"
         )
+        axis.set_xticks(xs, [f"{x:g}" for x in xs])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("time to first token, s")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].plot([], [], "k--", linewidth=0.8, label="krul's bounds")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, **place)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _number(word: str) -> float:
