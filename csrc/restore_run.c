@@ -224,7 +224,8 @@ krul_restore_read_step(krul_restore *restore, const krul_restore_step *step, uin
     if (restore->n_reading++ == 0) {
         restore->reading_since_s = begin_s;
     }
-    bool is_starved = restore->n_slow >= N_SLOW || end_s > begin_s + starved_s;
+    bool is_starved = restore->takes_turns &&
+                      (restore->n_slow >= N_SLOW || end_s > begin_s + starved_s);
     if (is_starved) {
         restore->n_starved++;
         pthread_cond_broadcast(&restore->layer_has_changed);

@@ -37,14 +37,6 @@ typedef struct shift_table {
 static shift_table long_shift;
 static shift_table short_shift;
 static bool has_instruction;
-static bool can_fold;
-
-/* What the two halves of 16 bytes are multiplied by to be shifted over so many bytes. */
-typedef struct fold_factors {
-    uint64_t low, high;
-} fold_factors;
-
-static fold_factors fold_256, fold_64, fold_16;
 static pthread_once_t tables_once = PTHREAD_ONCE_INIT;
 
 /* Multiply a 32 x 32 matrix over GF(2), one word per column, by a vector. */
@@ -83,6 +75,14 @@ build_shift(size_t n_bytes, shift_table *out)
     }
 }
 
+#if defined(__x86_64__)
+
+static bool can_fold;
+
+/* What the halves of 16 bytes are multiplied by to be shifted over FOLDED_BYTES: the low half stands
+ * for the powers of x above the high one's, because bits are reversed. */
+static uint64_t low_factor, high_factor;
+
 /* x to a power, modulo the CRC's polynomial; bits reversed, and one place up, because the product of
  * two reversed polynomials comes out one place down. */
 static uint64_t
@@ -95,12 +95,7 @@ power_of_x(int exponent)
     return (uint64_t)power << 1;
 }
 
-/* The low half stands for the powers of x above the high one's, because bits are reversed. */
-static fold_factors
-factors_of(int n_bytes)
-{
-    return (fold_factors){power_of_x(8 * n_bytes + 32), power_of_x(8 * n_bytes - 32)};
-}
+#endif
 
 static void
 build_tables(void)
@@ -125,9 +120,8 @@ build_tables(void)
     has_instruction = __builtin_cpu_supports("sse4.2") != 0;
     can_fold = has_instruction && __builtin_cpu_supports("avx512f") != 0 &&
                __builtin_cpu_supports("pclmul") != 0 && __builtin_cpu_supports("vpclmulqdq") != 0;
-    fold_256 = factors_of(256);
-    fold_64 = factors_of(64);
-    fold_16 = factors_of(16);
+    low_factor = power_of_x(8 * FOLDED_BYTES + 32);
+    high_factor = power_of_x(8 * FOLDED_BYTES - 32);
 #endif
 }
 
@@ -225,21 +219,6 @@ fold(__m512i value, __m512i factors, __m512i next)
     return _mm512_ternarylogic_epi64(low, high, next, 0x96); /* the sum of all three */
 }
 
-FOLDING static inline __m512i
-four_of(fold_factors factors)
-{
-    return _mm512_broadcast_i32x4(_mm_set_epi64x((long long)factors.high, (long long)factors.low));
-}
-
-FOLDING static inline __m128i
-fold_half(__m128i value, __m128i next)
-{
-    const __m128i factors = _mm_set_epi64x((long long)fold_16.high, (long long)fold_16.low);
-    __m128i low = _mm_clmulepi64_si128(value, factors, 0x00);
-    __m128i high = _mm_clmulepi64_si128(value, factors, 0x11);
-    return _mm_xor_si128(_mm_xor_si128(low, high), next);
-}
-
 /* At least FOLDED_BYTES. */
 FOLDING static uint32_t
 sum_by_folding(uint32_t crc, const uint8_t *next, size_t n_bytes)
@@ -252,23 +231,19 @@ sum_by_folding(uint32_t crc, const uint8_t *next, size_t n_bytes)
     parts[0] = _mm512_xor_si512(parts[0], _mm512_zextsi128_si512(state));
     next += FOLDED_BYTES;
     n_bytes -= FOLDED_BYTES;
-    const __m512i far = four_of(fold_256), near = four_of(fold_64);
+    const __m512i factors = _mm512_broadcast_i32x4(
+        _mm_set_epi64x((long long)high_factor, (long long)low_factor));
     for (; n_bytes >= FOLDED_BYTES; n_bytes -= FOLDED_BYTES, next += FOLDED_BYTES) {
         for (int i = 0; i < 4; i++) {
-            parts[i] = fold(parts[i], far, _mm512_loadu_si512(next + 64 * i));
+            parts[i] = fold(parts[i], factors, _mm512_loadu_si512(next + 64 * i));
         }
     }
-    __m512i sum = parts[0];
-    for (int i = 1; i < 4; i++) {
-        sum = fold(sum, near, parts[i]);
+    /* The checksum so far is in what was folded, which stands for all before it. */
+    uint8_t folded[FOLDED_BYTES];
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(folded + 64 * i, parts[i]);
     }
-    __m128i last = _mm512_extracti32x4_epi32(sum, 0);
-    last = fold_half(last, _mm512_extracti32x4_epi32(sum, 1));
-    last = fold_half(last, _mm512_extracti32x4_epi32(sum, 2));
-    last = fold_half(last, _mm512_extracti32x4_epi32(sum, 3));
-    uint64_t folded = _mm_crc32_u64(0, (uint64_t)_mm_cvtsi128_si64(last));
-    folded = _mm_crc32_u64(folded, (uint64_t)_mm_extract_epi64(last, 1));
-    return sum_by_instruction(~(uint32_t)folded, next, n_bytes);
+    return sum_by_instruction(sum_by_instruction(UINT32_MAX, folded, FOLDED_BYTES), next, n_bytes);
 }
 
 #undef FOLDING
