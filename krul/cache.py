@@ -77,6 +77,8 @@ class _Feed:
     n_batch: int  # 0 where it is not known
     watch: Stopwatch
     is_first: bool  # over a history that is being restored
+    # The layers whose history it runs along with its own tokens.
+    rerun: list[int] = dataclasses.field(default_factory=list)
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -285,7 +287,8 @@ class Cache(DynamicCache):
         n_new: int,
         attention_mask: torch.Tensor | None,
         positions: torch.Tensor | None,
-    ) -> None:
+        in_one_pass: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Note the tokens that the model is about to run; `end_feed` must follow.
 
         Parameters
@@ -294,14 +297,22 @@ class Cache(DynamicCache):
             Shape (n_batch, n_new); None when the model is fed with embeddings.
         attention_mask, positions : torch.Tensor or None
             For the new tokens only, last axis n_new.
+        in_one_pass : callable, optional
+            Says whether the pass can run the tokens that are held along with the new ones.
+
+        Returns
+        -------
+        bool
+            Whether it is to do so: until `end_feed` the cache then holds nothing.
         """
         self._check_open()
         self._settle()
         self._note_times()
         is_first = self.source is not None
         watch = Stopwatch(self._device())
-        self._prepare_restore(n_new)
-        self._end_if_in()
+        is_rerun = self._prepare_restore(n_new, in_one_pass)
+        if not is_rerun:
+            self._end_if_in()
         n_before = self.n_tokens
         if self._known() is None:
             self._lose_tokens(self.why_unknown)
@@ -318,6 +329,11 @@ class Cache(DynamicCache):
         self._feed = _Feed(
             n_before, n_new, sliding, threading.get_ident(), n_batch, watch, is_first
         )
+        if is_rerun:
+            self._feed.rerun = self._pending()
+            for index in self._feed.rerun:
+                self.layers[index].hide()
+        return is_rerun
 
     def end_feed(self, *, is_failed: bool) -> None:
         """Close what `begin_feed` opened; after a failure every layer is put back."""
@@ -343,6 +359,9 @@ class Cache(DynamicCache):
             feed.watch.stop()
             self._timed.append(feed)
             self._note_times()
+        if feed.rerun and not is_failed and not damaged and self.source is not None:
+            self.source.end_pass(is_failed=False)
+            self._end_restore()
         self._feed = None
 
     def _device(self) -> torch.device:
@@ -364,6 +383,12 @@ class Cache(DynamicCache):
                 self.costs.add_forward(feed.n_before, feed.n_new, seconds)
 
     def _undo_feed(self, feed: _Feed) -> None:
+        if feed.rerun and self.source is not None:  # else it was closed meanwhile
+            for index in feed.rerun:
+                # It may have moved; what is loaded after all goes where it was to go before.
+                self.layers[index].take(*self.source.buffers_of(index), feed.n_before)
+                self.layers[index].pending = _PendingLayer(self, index)
+            self.source.end_pass(is_failed=True)
         for layer in self.layers:
             if isinstance(layer, KrulLayer) and layer.get_seq_length() > feed.n_before:
                 layer.crop(feed.n_before - layer.get_seq_length())
@@ -707,11 +732,16 @@ class Cache(DynamicCache):
             n_cropped_tokens=report.n_cropped_tokens + self._n_cropped,
         )
 
-    def _prepare_restore(self, n_prompt_tokens: int) -> None:
-        """Let the source recompute what it would rather not load, before anybody waits."""
+    def _prepare_restore(
+        self, n_prompt_tokens: int, in_one_pass: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Let the source recompute what it would rather not load, before anybody waits.
+
+        Returns whether the pass that is about to begin is to do that.
+        """
         prepare = getattr(self.source, "prepare", None)
         if prepare is None:
-            return
+            return False
         start = time.perf_counter()
         with self._restore_lock:
             n_tokens = self.n_tokens
@@ -719,8 +749,25 @@ class Cache(DynamicCache):
             def why_not() -> str:
                 return self._why_not_recompute(n_tokens) or self.partial_blocker
 
-            prepare(n_prompt_tokens, n_tokens, why_not, self._recompute_prefix)
+            def is_possible() -> bool:
+                held = {
+                    index for index, layer in enumerate(self.layers) if layer.get_seq_length() > 0
+                }
+                return held == set(self._pending()) and not why_not() and in_one_pass()
+
+            is_rerun: bool = prepare(
+                n_prompt_tokens, n_tokens, why_not, self._recompute_prefix, is_possible
+            )
         self._wait_s += time.perf_counter() - start
+        return is_rerun
+
+    def _pending(self) -> list[int]:
+        """Return the layers that a restore has not filled yet, as far as anybody has asked."""
+        return [
+            index
+            for index, layer in enumerate(self.layers)
+            if getattr(layer, "pending", None) is not None
+        ]
 
     @property
     def partial_blocker(self) -> str:
@@ -737,9 +784,8 @@ class Cache(DynamicCache):
             ids,
             n_by_layer,
             {
-                index: (layer._buffers[0], layer._buffers[1])
-                for index, layer in enumerate(self.layers)
-                if getattr(layer, "pending", None) is not None
+                index: (self.layers[index]._buffers[0], self.layers[index]._buffers[1])
+                for index in self._pending()
             },
             attention_mask=mask,
             positions=positions,
@@ -766,7 +812,7 @@ class Cache(DynamicCache):
                 self._recompute_missing(failure)
             layer.pending = None
             self._wait_s += time.perf_counter() - start
-            if not any(getattr(other, "pending", None) for other in self.layers):
+            if not self._pending():
                 if getattr(self.source, "is_direct", False):
                     # Closing it waits for the device, which is none of a forward pass's business.
                     self._restored, self.source = self.source, None

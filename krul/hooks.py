@@ -20,6 +20,7 @@ import transformers
 from .cache import Cache
 from .errors import ShapeError, UnsupportedModelError
 from .model import PAD_POSITION, generation_model
+from .rerun import with_history
 
 __all__ = ["Handle", "attach"]
 
@@ -251,7 +252,21 @@ class _Attachment:
             # same modules; older versions of transformers would record that as well.
             cache.restore()
         is_changed = self.per_thread.is_refeeding and _drop_cached_tokens(cache, named)
-        _note_tokens(cache, named)
+        whole: list[dict[str, Any]] = []
+
+        def in_one_pass() -> bool:
+            known = cache._known()
+            has_more = getattr(self.model.config, "output_router_logits", False)
+            changed = None
+            if known is not None and not has_more:
+                changed = with_history(named, known, self.parameters)
+            if changed is not None:
+                whole.append(changed)
+            return changed is not None
+
+        if _note_tokens(cache, named, in_one_pass):
+            # Not observed: that would take as long again as what this pass saves.
+            return (), whole[0]
         if cache.estimator is not None and self.observer is not None:
             from . import observe
 
@@ -332,8 +347,8 @@ def _fed(named: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
     return None, embeddings.shape[1]
 
 
-def _note_tokens(cache: Cache, named: dict[str, Any]) -> None:
-    """Check that the fed tokens continue the cache, and note them."""
+def _note_tokens(cache: Cache, named: dict[str, Any], in_one_pass: Callable[[], bool]) -> bool:
+    """Check that the fed tokens continue the cache, and note them; see `Cache.begin_feed`."""
     ids, n_new = _fed(named)
     n_cached = cache.n_tokens
     n_total = n_cached + n_new
@@ -351,7 +366,8 @@ def _note_tokens(cache: Cache, named: dict[str, Any]) -> None:
         positions = None
     if n_cached > 0 and n_new > 1 and positions is not None and positions.dim() == 2:
         _check_continuation(cache, n_cached, mask, positions)
-    cache.begin_feed(ids, n_new, None if mask is None else mask[:, n_cached:], positions)
+    new_mask = None if mask is None else mask[:, n_cached:]
+    return cache.begin_feed(ids, n_new, new_mask, positions, in_one_pass)
 
 
 def _check_continuation(

@@ -174,6 +174,11 @@ class KrulLayer(DynamicLayer):
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
+    def hide(self) -> None:
+        """Hold nothing any more, but keep the memory: what was held is about to be written anew."""
+        self.pending = None
+        self._lengths = [0, 0]
+
     def _fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write K and V over the tokens that are held, whatever `pending` says."""
         with outside_autograd():

@@ -59,6 +59,17 @@ class Capabilities:
     partial: str | None = None
 
 
+class _ModelError(Exception):
+    """The model has raised, which says why something does not work now; that is not remembered.
+
+    It may have been short of memory.
+    """
+
+
+def _failure(error: Exception) -> _ModelError:
+    return _ModelError(f"the model fails on a short prompt: {type(error).__name__}: {error}")
+
+
 def _tolerance(tensor: torch.Tensor) -> float:
     """Return how far two correct runs may be apart, relative to the norm of a token's numbers.
 
@@ -165,17 +176,24 @@ def _partial(model: torch.nn.Module, key: str) -> str | None:
             try:
                 run_decoder(decoder, ids, whole)
             except Exception as error:  # whatever the model raises is its answer
-                return f"the model fails on a short prompt: {type(error).__name__}: {error}"
+                raise _failure(error) from error
             return _steps(model, ids, whole, wanted)
 
     implementation = getattr(text_config(model), "_attn_implementation", None)
-    reason: str | None = remember(model, ("partial", key, implementation), ask)
+    try:
+        reason: str | None = remember(model, ("partial", key, implementation), ask)
+    except _ModelError as error:
+        return str(error)
     return reason
 
 
 def _probe_once(model: torch.nn.Module, key: str) -> Capabilities:
     implementation = getattr(text_config(model), "_attn_implementation", None)
-    return remember(model, ("probe", key, implementation), lambda: _probe(model))
+    try:
+        return remember(model, ("probe", key, implementation), lambda: _probe(model))
+    except _ModelError as error:
+        reason = str(error)
+        return Capabilities(reason, reason, reason, reason)
 
 
 def _probe(model: torch.nn.Module) -> Capabilities:
@@ -199,7 +217,7 @@ def _probe(model: torch.nn.Module) -> Capabilities:
                 tail_hidden = run_decoder(decoder, ids[:, n_head:], tail)
                 reason = _arrival(tail, wanted, n_tokens - n_head, n_before=n_head)
         except Exception as error:  # whatever the model raises is its answer
-            reason = f"the model fails on a short prompt: {type(error).__name__}: {error}"
+            raise _failure(error) from error
         if reason is not None:
             return Capabilities(reason, reason, reason, reason)
 
@@ -296,6 +314,8 @@ def _observe(
             run_decoder(decoder, ids, Recorder(text_config(model)))
     except UnsupportedModelError as error:
         return str(error)
+    except Exception as error:  # whatever the model raises is its answer
+        raise _failure(error) from error
     missing = sorted(wanted - set(seen))
     return f"the attention of layers {missing} was not seen" if missing else None
 
@@ -321,9 +341,12 @@ def _steps(
         }
         try:
             recompute_prefix(model, ids, n_by_layer, found, chunk_tokens=chunk_tokens)
+        except UnsupportedModelError as error:
+            return f"layers cannot be recomputed for different numbers of tokens: {error}"
         except Exception as error:  # whatever the model raises is its answer
-            reason = str(error) if isinstance(error, UnsupportedModelError) else repr(error)
-            return f"layers cannot be recomputed for different numbers of tokens: {reason}"
+            raise _ModelError(
+                f"layers cannot be recomputed for different numbers of tokens: {error!r}"
+            ) from error
         for layer in sorted(wanted):
             n_tokens = n_by_layer[layer]
             for name, left, right in zip("KV", expected[layer], found[layer], strict=True):

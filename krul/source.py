@@ -84,6 +84,10 @@ _WORTH = 0.97
 # What is recomputed at once when loading may still take the rest; fewer tokens take longer each.
 _COLUMN_TOKENS = 256
 
+# A history is run along with the new prompt up to so many tokens of both: the work of one pass less
+# matters little for more, and what a pass needs of memory grows with them.
+_MOST_IN_ONE_PASS = 2048
+
 # How often a wait looks whether the store still gives what it promised, and how much longer than
 # recomputing it may take: giving up throws away what was read.
 _PATIENCE_POLL_S = 0.25
@@ -190,7 +194,8 @@ class Source:
         self._open_s = self._recompute_begin_s = 0.0
         self._recompute_watch: Stopwatch | None = None
         self._plan: Plan | None = None
-        self._reason = self._device_problem = ""
+        self._device_problem = ""
+        self._notes: list[str] = []  # what became of the plan
         self._is_prepared = self._is_closed = False
         self._failure: UnsupportedModelError | DeviceError | None = None
         self._n_recomputed = [0] * len(manifest.layers)
@@ -277,6 +282,10 @@ class Source:
                 for layer, layout in enumerate(self.manifest.layers)
                 if layout.kind == "full"
             }
+
+    def buffers_of(self, layer: int) -> KeysAndValues:
+        """Return the memory that a layer's K and V go to."""
+        return self._buffers[layer]
 
     def start(self, buffers: dict[int, KeysAndValues]) -> None:
         """Start filling the buffers of the full layers.
@@ -414,7 +423,8 @@ class Source:
         n_tokens: int,
         why_not: Callable[[], str],
         recompute: Callable[..., None],
-    ) -> None:
+        in_one_pass: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Decide, once, what is recomputed instead of being waited for, and do that.
 
         Parameters
@@ -429,36 +439,72 @@ class Source:
             Writes K and V of so many tokens of each layer, from the first; with ``chunk_ends`` and
             ``before_chunk`` as `krul.recompute.recompute_prefix` has them. What it raises is noted,
             and the same tokens are loaded after all.
+        in_one_pass : callable, optional
+            Says whether the pass that is about to begin can run the history along with its tokens.
+
+        Returns
+        -------
+        bool
+            Whether it is to do so: then nothing is written by others any more, and `end_pass` must
+            follow.
         """
         if self._is_prepared or not self._restores:
-            return
+            return False
         self._is_prepared = True
         self._n_tokens = n_tokens
         blocker = ""
         self._plan = self._make_plan(n_prompt_tokens, n_tokens, "")
         if any(self._plan.n_recomputed_by_layer) and (blocker := why_not()):
             self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
-        self._reason = self._plan.reason
+        elif (whole := self._one_pass_plan(self._plan)) is not None and in_one_pass():
+            self._plan = whole
+            self._drop(list(whole.n_recomputed_by_layer))
+            self._begin_recompute()
+            return True
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
         if blocker and any(n_by_layer):
             self._failure = UnsupportedModelError(
                 f"the first {max(n_by_layer)} tokens are not stored, to be recomputed: {blocker}"
             )
-            return
-        if self._begun and n_by_layer != self._ordered_for:
-            self._restores[0].reorder(self._order(n_by_layer, self._prompt_s(n_prompt_tokens)))
-        if not any(n_by_layer):
+        elif any(n_by_layer):
+            self._recompute(n_by_layer, n_prompt_tokens, recompute)
+        else:
             if not self._begun:
                 self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
+            elif n_by_layer != self._ordered_for:
+                self._reorder(n_by_layer, n_prompt_tokens)
             # Before the model's own threads are awake: they would look for work all the while.
             self._restores[-1].wait_for(0, _PATIENCE_POLL_S)
-            return
+        return False
+
+    def end_pass(self, *, is_failed: bool) -> None:
+        """Take note that the pass has ended that was to run the history, see `prepare`.
+
+        Where it failed, the history is loaded after all, or planned for anew by whoever asks next
+        where not all of it is stored.
+        """
+        if not is_failed:
+            self._end_recompute()
+        elif any(self._required()):
+            self._is_prepared = False
+        else:
+            self._load_after_all(self._dropped)
+            self._notes.append("the pass over history and prompt failed")
+
+    def _reorder(self, n_by_layer: list[int], n_prompt_tokens: int) -> None:
+        self._restores[0].reorder(self._order(n_by_layer, self._prompt_s(n_prompt_tokens)))
+
+    def _recompute(
+        self, n_by_layer: list[int], n_prompt_tokens: int, recompute: Callable[..., None]
+    ) -> None:
+        """Recompute so many tokens of each layer, or fewer when loading has caught up."""
+        if self._begun and n_by_layer != self._ordered_for:
+            self._reorder(n_by_layer, n_prompt_tokens)
         chunks = self._chunks(n_by_layer, n_prompt_tokens)
         if not chunks:
             n_by_layer = list(map(max, n_by_layer, self._dropped))
             self._drop(n_by_layer)
-        self._recompute_begin_s = time.perf_counter() - self._begun_at
-        watch = Stopwatch(self.devices[0])
+        self._begin_recompute()
         try:
             recompute(n_by_layer if not chunks else self._most(n_by_layer), **chunks)
         except BaseException as error:
@@ -468,14 +514,21 @@ class Source:
             self._load_after_all(self._dropped)
             if not isinstance(error, Exception):
                 raise
-            self._reason += f"; recomputing failed: {type(error).__name__}: {error}"
+            self._notes.append(f"recomputing failed: {type(error).__name__}: {error}")
             return
-        watch.stop()
-        self._recompute_watch = watch
-        self._n_recomputed = list(self._dropped)
+        self._end_recompute()
         if self._n_recomputed != n_by_layer:
-            share = sum(self._dropped) / max(1, n_tokens * len(n_by_layer))
-            self._reason += f"; {100 * share:.3g} % when loading had caught up"
+            share = sum(self._dropped) / max(1, self._n_tokens * len(n_by_layer))
+            self._notes.append(f"{100 * share:.3g} % when loading had caught up")
+
+    def _begin_recompute(self) -> None:
+        self._recompute_begin_s = time.perf_counter() - self._begun_at
+        self._recompute_watch = Stopwatch(self.devices[0])
+
+    def _end_recompute(self) -> None:
+        assert self._recompute_watch is not None
+        self._recompute_watch.stop()
+        self._n_recomputed = list(self._dropped)
 
     @property
     def _recompute_s(self) -> float:
@@ -488,13 +541,18 @@ class Source:
         """Return all tokens for every layer that is recomputed at all."""
         return [self._n_tokens if n else 0 for n in n_by_layer]
 
+    def _dropped_end(self, n_tokens: int) -> int:
+        """Return where the blocks end that are not wanted when so many tokens are recomputed.
+
+        Where that is all that is left, nothing stored behind it is wanted either.
+        """
+        return self.manifest.n_tokens if n_tokens == self._n_tokens else n_tokens
+
     def _drop(self, n_by_layer: list[int]) -> None:
         """Let go of the blocks that hold only what is recomputed."""
         for layer, n in enumerate(n_by_layer):
             if n > self._dropped[layer]:
-                # Where all that is left is recomputed, nothing stored behind it is wanted either.
-                all_of_it = self.manifest.n_tokens
-                self._restores[0].drop(layer, all_of_it if n == self._n_tokens else n)
+                self._restores[0].drop(layer, self._dropped_end(n))
                 self._dropped[layer] = n
         try:
             for device in self._direct_devices():
@@ -527,10 +585,12 @@ class Source:
         return {"chunk_ends": ends, "before_chunk": meeting.before_chunk}
 
     def _load_after_all(self, n_by_layer: list[int]) -> None:
+        """Load what was dropped when so many tokens of each layer were to be recomputed."""
         again = []
+        ends = [self._dropped_end(n) for n in n_by_layer]
         for step in self._steps:
             buffers = tuple(
-                buffer if step.token_end <= n_by_layer[layer] else None
+                buffer if step.token_end <= ends[layer] else None
                 for layer, buffer in zip(step.entry.layer_of_view, step.buffers, strict=True)
             )
             # What is in already may be needed to predict what is not.
@@ -645,6 +705,35 @@ class Source:
             best,
             predicted_s=best.predicted_s if is_known else math.nan,
             reason=blocker or best.reason,
+        )
+
+    def _one_pass_plan(self, at_hand: Plan) -> Plan | None:
+        """Return a plan to run the history along with the new prompt, if that is better.
+
+        It saves what a pass costs whatever its tokens, and a long pass does more in a second.
+        """
+        forward, wanted = self.costs.forward(), self.settings.restore
+        n_tokens = at_hand.n_tokens + at_hand.n_prompt_tokens
+        if (
+            forward is None
+            or wanted not in ("auto", "recompute")
+            or not 0 < at_hand.n_prompt_tokens < n_tokens <= _MOST_IN_ONE_PASS
+            or any(layout.kind == "sliding" for layout in self.manifest.layers)
+        ):
+            return None
+        n_layers = len(self.manifest.layers)
+        # More rows cost more of everything but the overhead.
+        per_row_s = forward.seconds(n_tokens) - forward.overhead_s
+        seconds = forward.overhead_s + self.manifest.n_batch * per_row_s
+        if wanted == "auto" and not seconds < at_hand.predicted_s:
+            return None
+        return replace(
+            at_hand,
+            shape="recompute",
+            n_recomputed_by_layer=tuple(self._whole_blocks([at_hand.n_tokens] * n_layers)),
+            predicted_s=seconds,
+            reason=f"recompute: history and prompt in one pass take {seconds:.3g} s; otherwise "
+            + at_hand.reason,
         )
 
     # ---- what a cache asks -----------------------------------------------------------------------
@@ -840,7 +929,17 @@ class Source:
                 "recompute": self._recompute_s,
             },
             plan="load" if not any(self._n_recomputed) or planned is None else planned.shape,
-            reason="; ".join(filter(None, [self._reason, self._device_problem, *self.problems])),
+            reason="; ".join(
+                filter(
+                    None,
+                    [
+                        "" if planned is None else planned.reason,
+                        *self._notes,
+                        self._device_problem,
+                        *self.problems,
+                    ],
+                )
+            ),
         )
 
 

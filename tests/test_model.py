@@ -267,6 +267,24 @@ def test_probe_reports_what_the_model_raises():
     assert "ZeroDivisionError: no luck" in probing.probe(model).cache
 
 
+@pytest.mark.parametrize("n_passes", range(8))
+def test_probe_asks_again_after_the_model_has_raised(n_passes):
+    """As where memory was short for a moment; whichever of the passes met it."""
+    model = models.tiny("llama")
+    left = [n_passes]
+
+    def fail(*_):
+        left[0] -= 1
+        if left[0] == -1:
+            raise MemoryError("none left")
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    found = probing.probe(model)
+    assert "MemoryError" in str(found) or left[0] >= 0
+    hook.remove()
+    assert probing.probe(model) == probing.Capabilities()
+
+
 # ---- fingerprint ---------------------------------------------------------------------------------
 
 
