@@ -569,8 +569,7 @@ def main() -> None:
         f"The fast store has no limit and is in the page cache: medians of {N_FAST_RUNS}, each run "
         "beside one of a cache with the same settings that never left memory, and one of "
         "transformers' own, which copies all it holds in every pass. "
-        f"'{WRITTEN}' is the machine's own limit: torch fills that much memory, then the "
-        "prompt's pass runs.",
+        f"'{WRITTEN}' is for scale: torch fills that much memory, then the prompt's pass runs.",
     ]
     command = None
     if options.only and not options.quick:

@@ -480,6 +480,8 @@ class Cache(DynamicCache):
         self._crop_full_layers(n_left)
 
     def _crop_full_layers(self, n_left: int) -> None:
+        if n_left == 0:
+            self._drop_restore()
         if self.estimator is not None:
             self.estimator.truncate(n_left)  # it may be reading what is about to be overwritten
         for layer in self.layers:
@@ -878,8 +880,11 @@ class Cache(DynamicCache):
             f"they could not be read: {error}"
         )
 
-    def _drop_restore(self) -> None:
-        """Stop a restore whose result is not wanted any more."""
+    def _drop_restore(self, *, is_last: bool = False) -> None:
+        """Stop a restore whose result is not wanted any more.
+
+        Reads that hang are waited for only where this is the last that the cache does.
+        """
         restored, self._restored = self._restored, None
         if restored is not None:
             restored.close()
@@ -890,7 +895,10 @@ class Cache(DynamicCache):
             self._wait_for_saves()
         with self._restore_lock:
             if self.source is not None:
-                self.source.cancel()
+                if is_last:
+                    self.source.cancel()
+                else:
+                    self.source.abandon()
                 self._end_restore()
             self._restore_failure = None
             for layer in self.layers:
@@ -1183,7 +1191,7 @@ class Cache(DynamicCache):
         # First, so that a pass in another thread fails instead of using layers that are not filled.
         self._is_closed = True
         self._wait_for_saves()
-        self._drop_restore()
+        self._drop_restore(is_last=True)
         if self.estimator is not None:
             self.estimator.wait()
         self._feed = None

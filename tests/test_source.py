@@ -166,6 +166,24 @@ def test_a_prompt_that_diverges_inside_the_recomputed_prefix(store, llama, n_kep
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_history_of_which_nothing_is_kept_is_not_waited_for(store, llama, is_damaged):
+    ids, _ = saved(store, llama)
+    if is_damaged:
+        damage(store, 1)
+    other = (ids[:, :20] + 1) % 90
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(other)
+    expected = llama.generate(other, attention_mask=mask, **options)
+    # As it comes, it would take hours.
+    with reopened(store, llama, "load", max_read_bytes_per_s=0 if is_damaged else 50) as cache:
+        with pytest.warns(UserWarning, match="none of the 1100 cached tokens"):
+            out = llama.generate(other, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.restore_report.n_cropped_tokens == N_HISTORY
+        assert set(cache.restore_report.n_recomputed_by_layer) == {0}
+    assert torch.equal(out, expected)
+
+
 # ---- what is chosen ------------------------------------------------------------------------------
 
 
