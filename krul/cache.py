@@ -96,6 +96,9 @@ class Cache(DynamicCache):
     model : transformers model, optional
         The model that the cache is used with; needed to recompute a damaged history.
     settings : Settings, optional
+    made : DynamicCache, optional
+        What transformers made of the configuration just now, to be taken over; making one takes a
+        while.
 
     Attributes
     ----------
@@ -142,14 +145,13 @@ class Cache(DynamicCache):
         *,
         model: Any = None,
         settings: Settings | None = None,
+        made: DynamicCache | None = None,
         **kwargs: Any,
     ) -> None:
-        if config is None and model is not None:
-            config = model.config
-        if config is not None:
-            config = config.get_text_config(decoder=True)
-            kwargs["config"] = config
-        super().__init__(**kwargs)
+        if made is not None:
+            self.__dict__.update(made.__dict__)
+        else:
+            self._make(config, model, kwargs)
         if self.layers:
             self.layers = [_replace(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
@@ -188,6 +190,13 @@ class Cache(DynamicCache):
         self._saved_limit = 0
         self._base_report = _empty_report()
         self._init_state()
+
+    def _make(self, config: Any, model: Any, arguments: dict[str, Any]) -> None:
+        if config is None and model is not None:
+            config = model.config
+        if config is not None:
+            arguments["config"] = config.get_text_config(decoder=True)
+        super().__init__(**arguments)
 
     def _init_state(self) -> None:
         """Set what a copy does not inherit."""

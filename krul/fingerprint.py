@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import weakref
@@ -293,6 +294,7 @@ class _Found:
     dtypes: str
     is_packed: bool
     adapters: tuple[str, ...] | None  # their settings; None where there are none
+    places: _Places | None = None  # where their samples are, if all are in this memory
 
 
 class _Known:
@@ -303,23 +305,26 @@ class _Known:
     """
 
     def __init__(self, tensors: list[torch.Tensor], found: _Found) -> None:
-        self._tensors = [(weakref.ref(x), x.dtype, x.shape) for x in tensors]
+        self._tensors = [(weakref.ref(x), x.dtype, x.shape, x.data_ptr()) for x in tensors]
         # Without the tensors, which are not to be kept alive.
         self._rows = [(group, heading) for group, heading, _ in found.rows]
         self._about = found.dtypes, found.is_packed
+        self._places = _Places(tensors) if all(map(_is_here, tensors)) else None
 
     def found(self, tensors: list[torch.Tensor]) -> _Found | None:
         """Return it again, or None where the model has changed."""
         if len(tensors) != len(self._tensors):
             return None
-        for tensor, (known, dtype, shape) in zip(tensors, self._tensors, strict=True):
+        has_moved = False
+        for tensor, (known, dtype, shape, address) in zip(tensors, self._tensors, strict=True):
             if known() is not tensor or tensor.dtype is not dtype or tensor.shape != shape:
                 return None
+            has_moved |= tensor.data_ptr() != address or not tensor.is_contiguous()
         rows = [
             (group, heading, tensor)
             for (group, heading), tensor in zip(self._rows, tensors, strict=True)
         ]
-        return _Found(rows, *self._about, None)
+        return _Found(rows, *self._about, None, None if has_moved else self._places)
 
 
 def _tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -407,7 +412,8 @@ def exact_parts(model: torch.nn.Module) -> tuple[dict[str, str], str]:
     """
     found = _find(model)
     digests: dict[str, Any] = {}
-    samples = _gather([tensor for _, _, tensor in found.rows])
+    places = found.places
+    samples = _gather([x for _, _, x in found.rows]) if places is None else places.read()
     for (group, heading, _), numbers in zip(found.rows, samples, strict=True):
         digest = digests.get(group)
         if digest is None:
@@ -445,19 +451,34 @@ def _is_here(tensor: torch.Tensor) -> bool:
     )
 
 
+class _Places:
+    """Where the samples are of tensors that are all in this memory, see `_is_here`."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._places = array("q")
+        self._ends: list[int] = []
+        end = 0
+        for tensor in tensors:
+            shape, n_bytes = tensor.shape, tensor.itemsize
+            step, n_samples = _places(tensor.numel(), shape[-1] if shape else 1)
+            self._places.extend((tensor.data_ptr(), step * n_bytes, n_samples, n_bytes))
+            end += n_samples * n_bytes
+            self._ends.append(end)
+
+    def read(self) -> list[bytes]:
+        """Return the samples of each tensor."""
+        found = _core.samples(self._places)
+        return [found[i:k] for i, k in itertools.pairwise([0, *self._ends])]
+
+
 def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
     """Return the samples of each tensor, moved to the CPU once per device and dtype."""
     out: list[bytes] = [b""] * len(tensors)
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
-    places, here = array("q"), []
+    here = [index for index, tensor in enumerate(tensors) if _is_here(tensor)]
     with torch.no_grad():
-        for index, tensor in enumerate(tensors):
-            if _is_here(tensor):
-                shape, n_bytes = tensor.shape, tensor.itemsize
-                step, n_samples = _places(tensor.numel(), shape[-1] if shape else 1)
-                places.extend((tensor.data_ptr(), step * n_bytes, n_samples, n_bytes))
-                here.append((index, n_samples * n_bytes))
-                continue
+        for index in sorted(set(range(len(tensors))).difference(here)):
+            tensor = tensors[index]
             batch = batches.setdefault((tensor.device, tensor.dtype), ([], []))
             batch[0].append(index)
             batch[1].append(_sample(tensor))
@@ -468,10 +489,8 @@ def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
                 end = start + one.shape[0] * dtype.itemsize
                 out[index] = numbers[start:end]
                 start = end
-        found, start = _core.samples(places), 0
-    for index, n_bytes in here:
-        out[index] = found[start : start + n_bytes]
-        start += n_bytes
+    for index, sampled in zip(here, _Places([tensors[i] for i in here]).read(), strict=True):
+        out[index] = sampled
     return out
 
 
@@ -585,6 +604,8 @@ def behaviour_distance(stored: np.ndarray, present: np.ndarray) -> float:
             raise ValueError(f"{name} is {numbers.shape} but must be ({_N_BEHAVIOUR},)")
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         return math.inf
+    if np.array_equal(left, right):
+        return 0.0
     worst = 0.0
     cuts = np.cumsum(_BEHAVIOUR_PARTS)[:-1]
     for one, other in zip(np.split(left, cuts), np.split(right, cuts), strict=True):

@@ -310,7 +310,7 @@ def layer_classes(model: Any) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- may it be kept at all
-def support(model: Any) -> str | None:
+def support(model: Any, made: DynamicCache | None = None) -> str | None:
     """Say why krul cannot keep the cache of `model`; None when nothing speaks against it.
 
     Only what is already known is read: no forward, no list of names. :func:`probe` asks further.
@@ -319,6 +319,8 @@ def support(model: Any) -> str | None:
     ----------
     model : torch.nn.Module
         See :func:`generation_model`.
+    made : DynamicCache, optional
+        What transformers made of the model's configuration just now; making one takes a while.
 
     Returns
     -------
@@ -358,7 +360,7 @@ def support(model: Any) -> str | None:
             "token; use transformers' own cache in memory"
         )
     try:
-        layers = cache_layers(config)
+        layers = cache_layers(config) if made is None else made.layers
     except Exception as error:
         return f"DynamicCache(config=...) fails for {name}: {type(error).__name__}: {error}"
     attention = [layer for layer in layers if type(layer) in (_FULL, SLIDING)]

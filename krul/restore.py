@@ -12,6 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
 from .cache import Cache
 from .costs import cost_book, know_model
@@ -128,17 +129,18 @@ def open_cache(
     conversation = store.files(conversation_id)
     # Where the layers were when the model was last asked; then it is asked again below.
     known = recall(generation_model(model), _DEVICES)
-    devices = _ask_devices(model) if known is None else known
+    devices, made = _ask(model) if known is None else (known, None)
     manifest, problem = _read_manifest(conversation)
     # Threads read and decode while the model is looked at; what they decode of another model's
     # conversation, or for where a layer no longer is, is thrown away.
     arrival = None if manifest is None else _Arrival(conversation, manifest, settings, devices)
     cache = None
     try:
-        present_devices = devices if known is None else _ask_devices(model)
-        if manifest is not None and arrival is not None and present_devices != devices:
+        if known is not None:
+            devices, made = _ask(model)
+        if manifest is not None and arrival is not None and devices != arrival.devices:
             arrival.source.close()
-            arrival = _Arrival(conversation, manifest, settings, present_devices)
+            arrival = _Arrival(conversation, manifest, settings, devices)
         capabilities, present = examine(model, is_supported=True)
         if capabilities.cache is not None:
             raise UnsupportedModelError(capabilities.cache)
@@ -148,7 +150,7 @@ def open_cache(
             profile.check_fingerprint(present)
         elif settings.codec in _CODECS_WITH_PROFILE:
             profile = store.profiles.find(present)
-        cache = _new_cache(model, settings, capabilities)
+        cache = _new_cache(model, settings, capabilities, made)
         cache.conversation, cache.fingerprint = conversation, present
         cache.costs = cost_book(store.path, present.exact)
         know_model(cache.costs, model)
@@ -167,18 +169,27 @@ def open_cache(
     return cache
 
 
-def _ask_devices(model: Any) -> list[torch.device]:
-    """Return the device of each layer of a model that krul supports, and remember it."""
-    reason = support(model)
+def _ask(model: Any) -> tuple[list[torch.device], DynamicCache | None]:
+    """Return where the layers are of a model that krul supports, and transformers' cache for it.
+
+    The devices are remembered.
+    """
+    try:
+        made = DynamicCache(config=text_config(model))
+    except Exception:
+        made = None  # `support` says why
+    reason = support(model, made)
     if reason is not None:
         raise UnsupportedModelError(reason)
     devices = layer_devices(model)
     replace_remembered(generation_model(model), _DEVICES, devices)
-    return devices
+    return devices, made
 
 
-def _new_cache(model: Any, settings: Settings, capabilities: Capabilities) -> Cache:
-    cache = Cache(model=generation_model(model), settings=settings)
+def _new_cache(
+    model: Any, settings: Settings, capabilities: Capabilities, made: DynamicCache | None
+) -> Cache:
+    cache = Cache(model=generation_model(model), settings=settings, made=made)
     if capabilities.recompute is not None:
         cache.recompute_blocker = capabilities.recompute
     cache.ask_partial = lambda: why_not_partial(model)
@@ -221,6 +232,7 @@ class _Arrival:
         devices: list[torch.device],
     ) -> None:
         self.conversation, self.manifest, self.settings = conversation, manifest, settings
+        self.devices = devices
         book = cost_book(conversation.store.path, manifest.fingerprint["exact"])
         find_profile = conversation.store.profiles.get
         self.source = source = Source(conversation, manifest, settings, book, find_profile, devices)
