@@ -202,6 +202,7 @@ class Source:
         # The recomputed tokens of each layer that the order of what is read was first made for.
         self._ordered_for = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
+        self._is_owed = False  # whether nobody has written them yet
         for segment in manifest.segments:
             try:
                 fd, entries = conversation.open_segment(segment, manifest)
@@ -458,8 +459,8 @@ class Source:
             self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
         elif (whole := self._one_pass_plan(self._plan)) is not None and in_one_pass():
             self._plan = whole
-            self._drop(list(whole.n_recomputed_by_layer))
             self._begin_recompute()
+            self._drop(list(whole.n_recomputed_by_layer))
             return True
         n_by_layer = self._whole_blocks(self._plan.n_recomputed_by_layer)
         if blocker and any(n_by_layer):
@@ -470,7 +471,7 @@ class Source:
             self._recompute(n_by_layer, n_prompt_tokens, recompute)
         else:
             if not self._begun:
-                self._load_after_all([self.manifest.n_tokens] * len(n_by_layer))
+                self._load_after_all(n_by_layer)
             elif n_by_layer != self._ordered_for:
                 self._reorder(n_by_layer, n_prompt_tokens)
             # Before the model's own threads are awake: they would look for work all the while.
@@ -501,11 +502,11 @@ class Source:
         if self._begun and n_by_layer != self._ordered_for:
             self._reorder(n_by_layer, n_prompt_tokens)
         chunks = self._chunks(n_by_layer, n_prompt_tokens)
-        if not chunks:
-            n_by_layer = list(map(max, n_by_layer, self._dropped))
-            self._drop(n_by_layer)
         self._begin_recompute()
         try:
+            if not chunks:
+                n_by_layer = list(map(max, n_by_layer, self._dropped))
+                self._drop(n_by_layer)
             recompute(n_by_layer if not chunks else self._most(n_by_layer), **chunks)
         except BaseException as error:
             if any(self._required()):
@@ -522,6 +523,7 @@ class Source:
             self._notes.append(f"{100 * share:.3g} % when loading had caught up")
 
     def _begin_recompute(self) -> None:
+        self._is_owed = True
         self._recompute_begin_s = time.perf_counter() - self._begun_at
         self._recompute_watch = Stopwatch(self.devices[0])
 
@@ -529,6 +531,7 @@ class Source:
         assert self._recompute_watch is not None
         self._recompute_watch.stop()
         self._n_recomputed = list(self._dropped)
+        self._is_owed = False
 
     @property
     def _recompute_s(self) -> float:
@@ -588,6 +591,8 @@ class Source:
         """Load what was dropped when so many tokens of each layer were to be recomputed."""
         again = []
         ends = [self._dropped_end(n) for n in n_by_layer]
+        if not self._begun:  # then nothing is on its way
+            ends = [self.manifest.n_tokens] * len(n_by_layer)
         for step in self._steps:
             buffers = tuple(
                 buffer if step.token_end <= ends[layer] else None
@@ -600,6 +605,7 @@ class Source:
             self._begin(again)
         except (DeviceError, MemoryError) as error:
             self._failure = DeviceError(f"{self._path}: {error}")
+        self._is_owed = False
 
     def _whole_blocks(self, wanted: Iterable[int]) -> list[int]:
         kinds = [layout.kind for layout in self.manifest.layers]
@@ -755,6 +761,11 @@ class Source:
             The store is too slow.
         """
         assert self._restores
+        if self._is_owed:
+            # An interrupt may have torn off recomputing anywhere.
+            if any(self._required()):
+                raise CorruptionError(f"{self._path}: recomputing what is not stored was torn off")
+            self._load_after_all(self._dropped)
         if self._failure is not None:
             raise self._failure
         try:
@@ -777,7 +788,7 @@ class Source:
 
     def is_in(self) -> bool:
         """Whether every layer is where it belongs, on the CPU: then no `wait` takes any time."""
-        if self._failure is not None or any(map(is_elsewhere, self.devices)):
+        if self._is_owed or self._failure is not None or any(map(is_elsewhere, self.devices)):
             return False
         try:
             for restore in self._restores:

@@ -614,6 +614,51 @@ def test_a_pass_that_fails_over_tokens_that_are_not_stored(store, llama):
     assert (logits - expected).abs().max() <= models.tolerance() * expected.abs().max()
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("name", ["_drop", "_begin_recompute", "_end_recompute", "_load_after_all"])
+@pytest.mark.parametrize("most", [0, 2048])
+def test_an_interrupt_before_or_after_any_step(store, llama, monkeypatch, most, name, is_stored):
+    """What was let go to be recomputed is never taken for recomputed."""
+    monkeypatch.setattr(source, "_MOST_IN_ONE_PASS", most)
+    probe(llama)
+    exact = saved(store, llama)[1] if is_stored else dropped(store, llama)[1]
+    exact.crop(700 - N_HISTORY)
+    with krul.attach(llama, observe=False):
+        expected = next_logits(llama, exact)
+    step = getattr(source.Source, name)
+    for is_before in (True, False):
+        left = [1]
+
+        def torn(*args, is_before=is_before, left=left, **kwargs):
+            left[0] -= 1
+            if left[0] == 0 and is_before:
+                raise Interruption
+            step(*args, **kwargs)
+            if left[0] == 0:
+                raise Interruption
+
+        with reopened(store, llama, "recompute") as cache:
+            cache.crop(700 - N_HISTORY)
+            with monkeypatch.context() as patch:
+                patch.setattr(source.Source, name, torn)
+                hook = failing(llama, ModelError) if name == "_load_after_all" else None
+                with (
+                    hook or contextlib.nullcontext(),
+                    contextlib.suppress(Interruption, ModelError),
+                ):
+                    next_logits(llama, cache)
+            cache._settle()
+            for layer in cache.layers if is_before else ():
+                assert layer.keys.shape[2] == cache.n_tokens
+            logits = models.once_more(
+                lambda cache=cache: (
+                    cache.crop(-max(0, cache.n_tokens - 700)) or next_logits(llama, cache)
+                )
+            )
+        largest = expected.abs().max()
+        assert (logits - expected).abs().max() <= models.tolerance() * largest, is_before
+
+
 def test_closing_in_the_middle_of_one_pass_is_an_error_there(store, llama):
     saved(store, llama)
     with reopened(store, llama, "recompute") as cache:
