@@ -202,7 +202,8 @@ class Source:
         # The recomputed tokens of each layer that the order of what is read was first made for.
         self._ordered_for = [0] * len(manifest.layers)
         self._dropped = [0] * len(manifest.layers)  # tokens that the first restore has let go
-        self._is_owed = False  # whether nobody has written them yet
+        # Whether something is neither on its way nor written yet: let go, or never begun.
+        self._is_owed = False
         for segment in manifest.segments:
             try:
                 fd, entries = conversation.open_segment(segment, manifest)
@@ -306,6 +307,7 @@ class Source:
             self._direct = set()
             self._device_problem = f"blocks are decoded by the CPU: {error}"
             self._start()
+        self._is_owed = not self._begun or any(self._required())
         self._open_s = time.perf_counter() - self._opened
 
     def _start(self) -> None:
@@ -761,8 +763,8 @@ class Source:
             The store is too slow.
         """
         assert self._restores
-        if self._is_owed:
-            # An interrupt may have torn off recomputing anywhere.
+        if self._is_owed and self._failure is None:
+            # An interrupt has torn off `prepare`, anywhere.
             if any(self._required()):
                 raise CorruptionError(f"{self._path}: recomputing what is not stored was torn off")
             self._load_after_all(self._dropped)

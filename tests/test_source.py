@@ -615,9 +615,14 @@ def test_a_pass_that_fails_over_tokens_that_are_not_stored(store, llama):
 
 
 @pytest.mark.parametrize("is_stored", [True, False])
-@pytest.mark.parametrize("name", ["_drop", "_begin_recompute", "_end_recompute", "_load_after_all"])
+@pytest.mark.parametrize("restore", ["recompute", "auto"])
+@pytest.mark.parametrize(
+    "name", ["_make_plan", "_drop", "_begin_recompute", "_end_recompute", "_load_after_all"]
+)
 @pytest.mark.parametrize("most", [0, 2048])
-def test_an_interrupt_before_or_after_any_step(store, llama, monkeypatch, most, name, is_stored):
+def test_an_interrupt_before_or_after_any_step(
+    store, llama, monkeypatch, most, name, restore, is_stored
+):
     """What was let go to be recomputed is never taken for recomputed."""
     monkeypatch.setattr(source, "_MOST_IN_ONE_PASS", most)
     probe(llama)
@@ -633,11 +638,12 @@ def test_an_interrupt_before_or_after_any_step(store, llama, monkeypatch, most, 
             left[0] -= 1
             if left[0] == 0 and is_before:
                 raise Interruption
-            step(*args, **kwargs)
+            result = step(*args, **kwargs)
             if left[0] == 0:
                 raise Interruption
+            return result
 
-        with reopened(store, llama, "recompute") as cache:
+        with reopened(store, llama, restore) as cache:
             cache.crop(700 - N_HISTORY)
             with monkeypatch.context() as patch:
                 patch.setattr(source.Source, name, torn)
