@@ -50,7 +50,8 @@ def with_history(
     Examples
     --------
     >>> new, past = torch.tensor([[5, 6]]), torch.tensor([[1, 2, 3]])
-    >>> changed = with_history({"input_ids": new}, (past, None, None), ["logits_to_keep"])
+    >>> with torch.no_grad():
+    ...     changed = with_history({"input_ids": new}, (past, None, None), ["logits_to_keep"])
     >>> changed["input_ids"].tolist(), changed["logits_to_keep"]
     ([[1, 2, 3, 5, 6]], 2)
     """
