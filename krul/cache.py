@@ -764,7 +764,7 @@ class Cache(DynamicCache):
                 held = {
                     index for index, layer in enumerate(self.layers) if layer.get_seq_length() > 0
                 }
-                return held == set(self._pending()) and not why_not() and in_one_pass()
+                return held == set(self._pending()) and in_one_pass()
 
             is_rerun: bool = prepare(
                 n_prompt_tokens, n_tokens, why_not, self._recompute_prefix, is_possible

@@ -475,10 +475,12 @@ def _gather(tensors: list[torch.Tensor]) -> list[bytes]:
     """Return the samples of each tensor, moved to the CPU once per device and dtype."""
     out: list[bytes] = [b""] * len(tensors)
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
-    here = [index for index, tensor in enumerate(tensors) if _is_here(tensor)]
+    here = []
     with torch.no_grad():
-        for index in sorted(set(range(len(tensors))).difference(here)):
-            tensor = tensors[index]
+        for index, tensor in enumerate(tensors):
+            if _is_here(tensor):
+                here.append(index)
+                continue
             batch = batches.setdefault((tensor.device, tensor.dtype), ([], []))
             batch[0].append(index)
             batch[1].append(_sample(tensor))

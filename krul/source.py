@@ -455,11 +455,13 @@ class Source:
             return False
         self._is_prepared = True
         self._n_tokens = n_tokens
-        blocker = ""
         self._plan = self._make_plan(n_prompt_tokens, n_tokens, "")
-        if any(self._plan.n_recomputed_by_layer) and (blocker := why_not()):
+        whole = self._one_pass_plan(self._plan)
+        is_wanted = any(self._plan.n_recomputed_by_layer)
+        blocker = why_not() if is_wanted or whole is not None else ""
+        if blocker and is_wanted:
             self._plan = self._make_plan(n_prompt_tokens, n_tokens, blocker)
-        elif (whole := self._one_pass_plan(self._plan)) is not None and in_one_pass():
+        elif whole is not None and not blocker and in_one_pass():
             self._plan = whole
             self._begin_recompute()
             self._drop(list(whole.n_recomputed_by_layer))
@@ -473,7 +475,7 @@ class Source:
             self._recompute(n_by_layer, n_prompt_tokens, recompute)
         else:
             if not self._begun:
-                self._load_after_all(n_by_layer)
+                self._load_after_all()
             elif n_by_layer != self._ordered_for:
                 self._reorder(n_by_layer, n_prompt_tokens)
             # Before the model's own threads are awake: they would look for work all the while.
@@ -491,7 +493,7 @@ class Source:
         elif any(self._required()):
             self._is_prepared = False
         else:
-            self._load_after_all(self._dropped)
+            self._load_after_all()
             self._notes.append("the pass over history and prompt failed")
 
     def _reorder(self, n_by_layer: list[int], n_prompt_tokens: int) -> None:
@@ -514,7 +516,7 @@ class Source:
             if any(self._required()):
                 self._is_prepared = False  # there is no other way: whoever asks next tries again
                 raise
-            self._load_after_all(self._dropped)
+            self._load_after_all()
             if not isinstance(error, Exception):
                 raise
             self._notes.append(f"recomputing failed: {type(error).__name__}: {error}")
@@ -589,12 +591,10 @@ class Source:
         meeting = _Meeting(self, self._most(n_by_layer), ends, forward, n_prompt_tokens)
         return {"chunk_ends": ends, "before_chunk": meeting.before_chunk}
 
-    def _load_after_all(self, n_by_layer: list[int]) -> None:
-        """Load what was dropped when so many tokens of each layer were to be recomputed."""
+    def _load_after_all(self) -> None:
+        """Load what was dropped, or everything where nothing was begun."""
         again = []
-        ends = [self._dropped_end(n) for n in n_by_layer]
-        if not self._begun:  # then nothing is on its way
-            ends = [self.manifest.n_tokens] * len(n_by_layer)
+        ends = [self._dropped_end(n) if self._begun else math.inf for n in self._dropped]
         for step in self._steps:
             buffers = tuple(
                 buffer if step.token_end <= ends[layer] else None
@@ -767,7 +767,7 @@ class Source:
             # An interrupt has torn off `prepare`, anywhere.
             if any(self._required()):
                 raise CorruptionError(f"{self._path}: recomputing what is not stored was torn off")
-            self._load_after_all(self._dropped)
+            self._load_after_all()
         if self._failure is not None:
             raise self._failure
         try:
@@ -924,6 +924,8 @@ class Source:
         """Return how the restore went, or goes."""
         counts = self.counts()
         planned = self._plan
+        reason = "" if planned is None else planned.reason
+        reasons = [reason, *self._notes, self._device_problem, *self.problems]
         n_loaded = [
             0 if layout.kind == "none" or not self._restores else self._n_tokens - n
             for layout, n in zip(self.manifest.layers, self._n_recomputed, strict=True)
@@ -942,17 +944,7 @@ class Source:
                 "recompute": self._recompute_s,
             },
             plan="load" if not any(self._n_recomputed) or planned is None else planned.shape,
-            reason="; ".join(
-                filter(
-                    None,
-                    [
-                        "" if planned is None else planned.reason,
-                        *self._notes,
-                        self._device_problem,
-                        *self.problems,
-                    ],
-                )
-            ),
+            reason="; ".join(filter(None, reasons)),
         )
 
 

@@ -9,10 +9,11 @@ same model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "WORKABLE",
     "config_of",
     "draw",
+    "failing",
     "is_available",
     "is_refused",
     "once_more",
@@ -378,6 +380,23 @@ def once_more(work: Callable[[], Any]) -> Any:
         if place.type == "cpu" or "undone" not in str(error):
             raise
         return work()
+
+
+@contextlib.contextmanager
+def failing(model: Any, error: type[BaseException], layer: int = 1) -> Iterator[None]:
+    """Let a model that is built like Llama fail once in a layer."""
+    left = [1]
+
+    def fail(*_: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise error("in the middle")
+
+    hook = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def tolerance() -> float:

@@ -4,7 +4,6 @@ Whatever happened before, a pass over the cache says what the model says of the 
 any cache, or an error is raised and the next pass does. Codec exact, so that only rounding differs.
 """
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -38,23 +37,6 @@ class ModelError(Exception):
 
 class Interruption(KeyboardInterrupt):
     pass
-
-
-@contextlib.contextmanager
-def failing(model, layer, error):
-    """Let the model fail once in a layer."""
-    left = [1]
-
-    def fail(*_):
-        if left[0] > 0:
-            left[0] -= 1
-            raise error("struck")
-
-    hook = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class Conversation(RuleBasedStateMachine):
@@ -142,7 +124,7 @@ class Conversation(RuleBasedStateMachine):
     def is_struck(self, n, layer, error):
         whole = torch.cat([self.ids, self.new_tokens(n)], 1)
         new = whole[:, self.ids.shape[1] :]
-        with failing(self.model, layer, error):
+        with models.failing(self.model, error, layer):
             try:
                 logits = self.feed(new)
             except (ModelError, Interruption):

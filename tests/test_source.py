@@ -479,22 +479,10 @@ def test_a_history_that_was_cut_and_a_model_that_fails_recomputing_all_of_it(
 # ---- history and prompt in one pass --------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def failing(model, error, layer=1, n_times=1):
-    """Let the model fail in a layer, so often."""
-    probe(model)  # which would meet it first
-    left = [n_times]
-
-    def fail(*_):
-        if left[0] > 0:
-            left[0] -= 1
-            raise error("in the middle")
-
-    hook = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
-    try:
-        yield
-    finally:
-        hook.remove()
+def failing(model, error):
+    """Let the model fail once, but not where it is tried out, which would meet it first."""
+    probe(model)
+    return models.failing(model, error)
 
 
 @contextlib.contextmanager
